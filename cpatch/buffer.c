@@ -1,0 +1,198 @@
+/* buffer.c - see buffer.h. */
+#define _GNU_SOURCE
+#include "buffer.h"
+
+#include "kernels.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+enum { ALIGNMENT = 64 };
+
+static const struct pi_weight plain_weight = {PI_ROLE_PLAIN, NULL};
+
+struct buffer_context {
+    struct pi_model *model;
+    void *base;
+    size_t size;
+};
+
+const struct pi_weight *buffer_weight(const struct ggml_tensor *tensor) {
+    return tensor->extra != NULL ? tensor->extra : &plain_weight;
+}
+
+static void buffer_free(ggml_backend_buffer_t buffer) {
+    struct buffer_context *c = buffer->context;
+    munmap(c->base, c->size);
+    pi_model_unref(c->model);
+    free(c);
+}
+
+static void *buffer_base(ggml_backend_buffer_t buffer) {
+    return ((struct buffer_context *)buffer->context)->base;
+}
+
+static bool is_lora(const char *name) {
+    return strstr(name, ".lora_") != NULL;
+}
+
+/* The layer whose weight a LoRA tensor adapts: "blk.0.ffn_up.weight.lora_a" -> blk.0.ffn_up.weight. */
+static const struct pi_layer *lora_layer(struct pi_model *model, const char *name) {
+    char base[ABI_MAX_NAME];
+    const size_t n = (size_t)(strstr(name, ".lora_") - name);
+    memcpy(base, name, n);
+    base[n] = 0;
+    const struct pi_weight *w = pi_model_find(model, base);
+    return w == NULL ? NULL : w->layer;
+}
+
+static int buffer_init_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t) {
+    struct buffer_context *c = buffer->context;
+    if (t->view_src != NULL) return ABI_STATUS_SUCCESS;
+    if (is_lora(t->name)) {
+        /* An adapter knows neurons by their original number. Where they were reordered it would hit others. */
+        const struct pi_layer *layer = lora_layer(c->model, t->name);
+        t->extra = NULL;
+        return layer != NULL && layer->spec.permuted ? ABI_STATUS_FAILED : ABI_STATUS_SUCCESS;
+    }
+    struct pi_weight *w = pi_model_find(c->model, t->name);
+    t->extra = w;
+    if (w == NULL) return ABI_STATUS_SUCCESS;
+    const struct pi_layer_spec *spec = &w->layer->spec;
+    const bool up = w->role == PI_ROLE_UP;
+    const int64_t experts = spec->n_expert == 0 ? 1 : spec->n_expert;
+    const bool fits = t->type == (up ? spec->up_type : spec->down_source_type) &&
+                      t->ne[0] == (up ? spec->n_embd : spec->n_ff) && t->ne[1] == (up ? spec->n_ff : spec->n_embd) &&
+                      t->ne[2] == experts && t->ne[3] == 1;
+    return fits ? ABI_STATUS_SUCCESS : ABI_STATUS_FAILED;
+}
+
+static void buffer_memset_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t, uint8_t value, size_t offset,
+                                 size_t size) {
+    (void)buffer;
+    if (buffer_weight(t)->role == PI_ROLE_PLAIN) memset((char *)t->data + offset, value, size);
+}
+
+static void buffer_set_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t, const void *data, size_t offset,
+                              size_t size) {
+    (void)buffer;
+    if (buffer_weight(t)->role == PI_ROLE_PLAIN) memcpy((char *)t->data + offset, data, size);
+}
+
+/* Rebuilds ffn_down as llama.cpp was shown it: back from columns to rows, into the source's type. */
+static int rebuild_down(const struct pi_layer *layer, uint8_t *dst) {
+    const struct pi_layer_spec *spec = &layer->spec;
+    const int64_t n_embd = spec->n_embd, n_ff = spec->n_ff, experts = spec->n_expert == 0 ? 1 : spec->n_expert;
+    const size_t row = abi_row_size(spec->down_source_type, n_ff);
+    if (ggml.ggml_quantize_requires_imatrix(spec->down_source_type)) return -1;
+    float *matrix = malloc((size_t)n_embd * (size_t)n_ff * sizeof(float));
+    float *column = malloc((size_t)n_embd * sizeof(float));
+    if (matrix == NULL || column == NULL) {
+        free(matrix);
+        free(column);
+        return -1;
+    }
+    for (int64_t e = 0; e < experts; e++) {
+        for (int64_t j = 0; j < n_ff; j++) {
+            kernel_dequantize(spec->down_type, n_embd, layer->data + (e * n_ff + j) * spec->stride + spec->down_offset,
+                              column);
+            for (int64_t i = 0; i < n_embd; i++) matrix[i * n_ff + j] = column[i];
+        }
+        uint8_t *to = dst + (size_t)(e * n_embd) * row;
+        if (spec->down_source_type == ABI_TYPE_F32) memcpy(to, matrix, (size_t)n_embd * row);
+        else ggml.ggml_quantize_chunk(spec->down_source_type, matrix, to, 0, n_embd, n_ff, NULL);
+    }
+    free(matrix);
+    free(column);
+    return 0;
+}
+
+static void rebuild_up(const struct pi_layer *layer, uint8_t *dst) {
+    const struct pi_layer_spec *spec = &layer->spec;
+    const int64_t rows = spec->n_ff * (spec->n_expert == 0 ? 1 : spec->n_expert);
+    const size_t row = abi_row_size(spec->up_type, spec->n_embd);
+    for (int64_t j = 0; j < rows; j++) {
+        memcpy(dst + (size_t)j * row, layer->data + j * spec->stride + spec->up_offset, row);
+    }
+}
+
+/* Rarely called (saving a loaded model, copying a weight for an operator we do not know): correct, not fast. */
+static void buffer_get_tensor(ggml_backend_buffer_t buffer, const struct ggml_tensor *t, void *data, size_t offset,
+                              size_t size) {
+    const struct pi_weight *w = buffer_weight(t);
+    (void)buffer;
+    if (w->role == PI_ROLE_PLAIN) {
+        memcpy(data, (const char *)t->data + offset, size);
+        return;
+    }
+    const size_t whole = ggml.ggml_nbytes(t);
+    uint8_t *copy = offset == 0 && size == whole ? data : malloc(whole);
+    int failed = copy == NULL;
+    if (!failed) {
+        if (w->role == PI_ROLE_UP) rebuild_up(w->layer, copy);
+        else failed = rebuild_down(w->layer, copy);
+    }
+    if (failed) {
+        memset(data, 0xff, size); /* the interface has no way to fail; NaNs at least are not mistaken for weights */
+    } else if (copy != data) {
+        memcpy(data, copy + offset, size);
+    }
+    if (copy != data) free(copy);
+}
+
+static void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
+    (void)buffer;
+    (void)value; /* only KV caches and compute buffers are ever cleared, and those never lie here */
+}
+
+static const char *buft_name(ggml_backend_buffer_type_t buft) {
+    (void)buft;
+    return "POWERINFER";
+}
+
+static ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t size) {
+    struct pi_model *model = buft->context;
+    struct buffer_context *c = calloc(1, sizeof *c);
+    if (c == NULL) return NULL;
+    c->model = model;
+    c->size = size + ALIGNMENT;
+    /* Address space, not memory: pages of bundled tensors are never touched. */
+    c->base = mmap(NULL, c->size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (c->base == MAP_FAILED) {
+        free(c);
+        return NULL;
+    }
+    pi_model_ref(model);
+    const struct ggml_backend_buffer_i iface = {
+        .free_buffer = buffer_free,
+        .get_base = buffer_base,
+        .init_tensor = buffer_init_tensor,
+        .memset_tensor = buffer_memset_tensor,
+        .set_tensor = buffer_set_tensor,
+        .get_tensor = buffer_get_tensor,
+        .clear = buffer_clear,
+    };
+    return ggml.ggml_backend_buffer_init(buft, iface, c, size);
+}
+
+static size_t buft_alignment(ggml_backend_buffer_type_t buft) {
+    (void)buft;
+    return ALIGNMENT;
+}
+
+void buffer_type_init(struct ggml_backend_buffer_type *buft, ggml_backend_dev_t device, struct pi_model *model) {
+    *buft = (struct ggml_backend_buffer_type){
+        .iface = {.get_name = buft_name, .alloc_buffer = buft_alloc, .get_alignment = buft_alignment},
+        .device = device,
+        .context = model,
+    };
+}
+
+bool buffer_type_is_ours(ggml_backend_buffer_type_t buft) {
+    return buft != NULL && buft->iface.get_name == buft_name;
+}
+
+bool buffer_is_ours(ggml_backend_buffer_t buffer) {
+    return buffer != NULL && buffer->iface.free_buffer == buffer_free;
+}

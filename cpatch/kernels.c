@@ -1,0 +1,88 @@
+/* kernels.c - see kernels.h. One source per idea: the compiler makes the AVX-512, AVX2 and portable versions, and
+ * the loader picks one for the machine. */
+#include "kernels.h"
+
+#include "ggml_abi.h"
+
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(PI_NO_CLONES)
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), optimize("O3")))
+#else
+#define CLONES
+#endif
+
+CLONES void kernel_axpy_f32(int64_t n, float a, const float *x, float *y) {
+    for (int64_t i = 0; i < n; i++) y[i] += a * x[i];
+}
+
+CLONES void kernel_add_f32(int64_t n, const float *x, float *y) {
+    for (int64_t i = 0; i < n; i++) y[i] += x[i];
+}
+
+/* IEEE half to single; subnormals included. Bit twiddling, because scales come one at a time. */
+static inline float half_to_float(uint16_t h) {
+    const uint32_t sign = (uint32_t)(h & 0x8000) << 16;
+    const uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13;
+    union {
+        uint32_t u;
+        float f;
+    } bits = {magnitude}, scale = {0x77800000u}; /* 2^112 moves the exponent bias from 15 to 127 */
+    bits.f *= scale.f;
+    if ((h & 0x7c00) == 0x7c00) bits.u |= 0x7f800000u; /* infinity and NaN */
+    bits.u |= sign;
+    return bits.f;
+}
+
+/* Q8_0: blocks of 32 values, a half scale then 32 signed bytes. */
+CLONES static void axpy_q8_0(int64_t n, float a, const uint8_t *x, float *restrict y) {
+    for (int64_t b = 0; b < n / 32; b++, x += 34, y += 32) {
+        uint16_t h;
+        int8_t q[32];
+        memcpy(&h, x, 2);
+        memcpy(q, x + 2, 32);
+        const float d = a * half_to_float(h);
+        for (int i = 0; i < 32; i++) y[i] += d * (float)q[i];
+    }
+}
+
+/* Q4_0: blocks of 32 values, a half scale then 16 bytes; low nibbles are values 0..15, high ones 16..31, minus 8. */
+CLONES static void axpy_q4_0(int64_t n, float a, const uint8_t *x, float *restrict y) {
+    for (int64_t b = 0; b < n / 32; b++, x += 18, y += 32) {
+        uint16_t h;
+        uint8_t q[16];
+        memcpy(&h, x, 2);
+        memcpy(q, x + 2, 16);
+        const float d = a * half_to_float(h);
+        for (int i = 0; i < 16; i++) y[i] += d * (float)((int)(q[i] & 15) - 8);
+        for (int i = 0; i < 16; i++) y[i + 16] += d * (float)((int)(q[i] >> 4) - 8);
+    }
+}
+
+void kernel_dequantize(int type, int64_t n, const void *x, float *y) {
+    switch (type) {
+    case ABI_TYPE_F32: memcpy(y, x, (size_t)n * sizeof(float)); break;
+    case ABI_TYPE_F16: ggml.ggml_cpu_fp16_to_fp32(x, y, n); break;
+    case ABI_TYPE_BF16: ggml.ggml_cpu_bf16_to_fp32(x, y, n); break;
+    case ABI_TYPE_Q8_0:
+        memset(y, 0, (size_t)n * sizeof(float));
+        axpy_q8_0(n, 1.0f, x, y);
+        break;
+    case ABI_TYPE_Q4_0:
+        memset(y, 0, (size_t)n * sizeof(float));
+        axpy_q4_0(n, 1.0f, x, y);
+        break;
+    default: ggml.ggml_get_type_traits(type)->to_float(x, y, n);
+    }
+}
+
+void kernel_axpy(int type, int64_t n, float a, const void *x, float *y, float *tmp) {
+    switch (type) {
+    case ABI_TYPE_F32: kernel_axpy_f32(n, a, x, y); break;
+    case ABI_TYPE_Q8_0: axpy_q8_0(n, a, x, y); break;
+    case ABI_TYPE_Q4_0: axpy_q4_0(n, a, x, y); break;
+    default:
+        kernel_dequantize(type, n, x, tmp);
+        kernel_axpy_f32(n, a, tmp, y);
+    }
+}

@@ -1,0 +1,22 @@
+/* kernels.h - the arithmetic on one neuron's segment.
+ *
+ * Dot products with up rows go through ggml's own vec_dot (as stock computes them, so results agree with stock);
+ * what ggml has no kernel for is adding a scaled quantised column of down to an accumulator, which is here. */
+#ifndef POWERINFER_KERNELS_H
+#define POWERINFER_KERNELS_H
+
+#include <stdint.h>
+
+/* y[0..n) += a * dequantised(x). n is a multiple of the type's block. tmp: n floats of scratch. */
+void kernel_axpy(int type, int64_t n, float a, const void *x, float *y, float *tmp);
+
+/* y[0..n) = dequantised(x). */
+void kernel_dequantize(int type, int64_t n, const void *x, float *y);
+
+/* y[0..n) += a * x[0..n) */
+void kernel_axpy_f32(int64_t n, float a, const float *x, float *y);
+
+/* y[0..n) += x[0..n) */
+void kernel_add_f32(int64_t n, const float *x, float *y);
+
+#endif

@@ -1,0 +1,98 @@
+/* powerinfer.h - the C interface that Python sees (through cffi, see build.py).
+ *
+ * Conventions: functions that can fail return NULL or -1 and write one sentence into err, at most err_len bytes
+ * with the terminating zero. Nothing here aborts the process or prints. All functions may be called without the
+ * GIL; a pi_model may be shared by threads, a pi_vgguf may not.
+ */
+#ifndef POWERINFER_H
+#define POWERINFER_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+/* What the FFN computes from the deciding product g (gate, or up when ungated) and u (up). */
+enum pi_activation {
+    PI_ACT_NATIVE = 0, /* whatever operator stock's graph has (silu, gelu): nothing is skipped */
+    PI_ACT_RELU = 1,   /* relu(g) * u */
+    PI_ACT_RELU2 = 2,  /* relu(g)^2 * u */
+    PI_ACT_DRELU = 3,  /* relu(g) * relu(u), Turbo Sparse, arXiv 2406.05955 */
+};
+
+/* One FFN layer of a sparse-GGUF, docs/FORMAT.md. Sizes in bytes unless they count something. */
+struct pi_layer_spec {
+    int index;             /* N of blk.N */
+    const char *up_name;   /* blk.N.ffn_up.weight or ..._exps.weight; NULL when up is not in the bundle (ungated) */
+    const char *down_name; /* blk.N.ffn_down.weight or ..._exps.weight */
+    int64_t n_embd, n_ff;
+    int64_t n_expert;      /* 0: a dense FFN */
+    int64_t stride;        /* from one neuron's bundle to the next */
+    int64_t up_offset;     /* of the up row in the bundle; unused when up_name is NULL */
+    int64_t down_offset;   /* of the down column in the bundle */
+    int up_type;           /* ggml types of the stored segments */
+    int down_type;
+    int down_source_type;  /* ggml type of ffn_down as llama.cpp is shown it */
+    bool permuted;         /* neurons are not stored in the source's order */
+    int64_t file_offset;   /* where the bundle tensor begins in the file */
+};
+
+struct pi_layer_stats {
+    uint64_t calls, rows, neurons, selected, fired, touched, ns;
+};
+
+struct pi_model;
+
+/* Finds and checks libggml (ggml_abi.h), registers the POWERINFER device with it, and runs the self-test: a small
+ * FFN through ggml's scheduler and our backend, compared with plain C. Call once. Returns 0 or -1. */
+int pi_init(const char *lib_dir, char *err, size_t err_len);
+
+/* ggml_version() of the library in use; only after pi_init. */
+const char *pi_ggml_version(void);
+
+/* Reads the bundles of all layers from fd into memory. Every offset and size is checked against the file and the
+ * types before anything is read. NULL on bad specs, short or failed reads, or lack of memory.
+ * n_threads: how many reads run side by side. */
+struct pi_model *pi_model_open(int fd, int n_layers, const struct pi_layer_spec *specs, int activation, int n_threads,
+                               char *err, size_t err_len);
+void pi_model_close(struct pi_model *model); /* drops the opener's reference */
+
+/* The ggml_backend_buffer_type_t to name in llama_model_params.tensor_buft_overrides. */
+void *pi_model_buft(struct pi_model *model);
+
+/* true: compute all neurons (the dense reference path); false: only those that fire. Takes effect at once. */
+void pi_model_set_dense(struct pi_model *model, bool dense);
+
+/* Copies the counters of layer i (0-based position, not blk index); phase 0: decode, 1: larger ubatches. */
+int pi_model_stats(struct pi_model *model, int i, int phase, struct pi_layer_stats *out);
+void pi_model_reset_stats(struct pi_model *model);
+
+/* Live models in the process: for leak tests. */
+int pi_model_count(void);
+
+/* A GGUF that exists only as a stream: header bytes, then extents that are either ranges of a real file or holes.
+ * Holes read as "whatever the caller's buffer held": their bytes are never wanted (our buffer type ignores what
+ * llama.cpp hands to set_tensor) and cost nothing. */
+struct pi_extent {
+    int64_t offset;      /* in the stream; ascending, not overlapping, not before the header's end */
+    int64_t size;
+    int64_t file_offset; /* in fd, or -1 for a hole */
+};
+
+struct pi_vgguf;
+
+/* Opens the stream. fd is duplicated. NULL on bad extents. */
+struct pi_vgguf *pi_vgguf_open(int fd, const void *header, int64_t header_size, const struct pi_extent *extents,
+                               int n_extents, char *err, size_t err_len);
+/* The FILE* to hand to llama_model_load_from_file_ptr; owned by the stream. */
+void *pi_vgguf_file(struct pi_vgguf *v);
+/* 0, or the errno of the first read that failed; *offset is then the position in the real file. */
+int pi_vgguf_error(struct pi_vgguf *v, int64_t *offset);
+void pi_vgguf_close(struct pi_vgguf *v);
+
+/* Rows of y (n_rows x n float) from quantised rows at x, and back, through ggml's own routines. -1: unknown type or
+ * a row length that its block does not divide. For tests and tools. */
+int pi_dequantize(int type, const void *x, float *y, int64_t n_rows, int64_t n);
+int pi_quantize(int type, const float *x, void *y, int64_t n_rows, int64_t n);
+
+#endif

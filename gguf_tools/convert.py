@@ -1,0 +1,604 @@
+"""Turn a stock GGUF into a sparse one: FFN weights bundled neuron by neuron, everything else copied byte for byte.
+
+The plan (which tensors become which) is made and checked before the first byte is written. Then the output is
+streamed in order: plain tensors in pieces, bundles one expert (or dense FFN) at a time. The peak of memory is one FFN
+as it is stored, its `down` matrix as the source has it, and a few blocks of it as floats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from gguf_tools import quants, sparse
+from gguf_tools.activations import NATIVE
+from gguf_tools.errors import ConversionError, FormatError
+from gguf_tools.reader import BLOCKS, I32, STRING, U32, U64, Field, GGUFFile, TensorInfo, row_bytes, type_name
+from gguf_tools.stream import PIECE, Progress, Reporter, permuted_rows, pieces, row_ranges, strips
+from gguf_tools.writer import GGUFWriter, NewTensor
+
+_I8, _I32 = 24, 26
+
+# Names of `--down-type`, besides auto and same.
+DOWN_TYPES = {
+    name.lower(): number
+    for number, name in ((t, type_name(t)) for t in BLOCKS)
+    if number not in quants.NOT_FOR_WEIGHTS
+}
+
+# What we cannot bundle: pattern, what it is.
+_UNSUPPORTED = (
+    (r"blk\.\d+\.ffn_gate_up(_exps)?\.weight", "gate and up merged into one tensor; not supported yet"),
+    (r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight", "one tensor per expert, a layout llama.cpp no longer writes; "
+     "convert the model again with a current llama.cpp"),
+    (r"blk\.\d+\.ffn_(gate|up|down)(_exps)?\.(input_)?scale", "FFN weights with separate scales; not supported yet"),
+    (r"blk\.\d+\.ffn_sub_norm\.weight", "a norm between up and down, which needs every neuron"),
+    (r"blk\.\d+\.ffn\.act(\.scales)?", "activation scales between up and down; not supported yet"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FFN:
+    """The tensors of one FFN in the source, and what its bundle will hold (types are ggml types)."""
+
+    index: int
+    gate: TensorInfo | None
+    up: TensorInfo
+    down: TensorInfo
+    down_type: int
+
+    @property
+    def suffix(self) -> str:
+        return "_exps" if "_exps" in self.up.name else ""
+
+    @property
+    def decider(self) -> TensorInfo:
+        return self.gate or self.up
+
+    @property
+    def hidden(self) -> list[TensorInfo]:
+        """The source's tensors that move into the bundle."""
+        return [self.up, self.down] if self.gate else [self.down]
+
+    @property
+    def n_embd(self) -> int:
+        return self.up.shape[0]
+
+    @property
+    def n_ff(self) -> int:
+        return self.up.shape[1]
+
+    @property
+    def experts(self) -> int:
+        """Matrices in each tensor: the number of experts, 1 for a dense FFN."""
+        return math.prod(self.up.shape[2:])
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        return sparse.bundle_layout(self.gate is not None, self.up.type, self.down_type, self.n_embd)
+
+    @property
+    def bundle(self) -> NewTensor:
+        stride = self.layout[2]
+        return NewTensor(
+            f"blk.{self.index}.ffn_bundle{self.suffix}.weight", _I8, (stride, *self.up.shape[1:])
+        )
+
+    @property
+    def order(self) -> NewTensor:
+        return NewTensor(f"blk.{self.index}.ffn_order{self.suffix}.weight", _I32, self.up.shape[1:])
+
+    @property
+    def biases(self) -> tuple[str, ...]:
+        """Names of tensors with one value per neuron, which follow the neuron order if they exist."""
+        return tuple(f"blk.{self.index}.ffn_{part}{self.suffix}.bias" for part in ("gate", "up"))
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one FFN. `relative_rms` is |stored - source| / |source| of `down`, 0.0 where it is exact."""
+
+    index: int
+    kind: str  # "dense" or "moe"
+    n_embd: int
+    n_ff: int
+    n_expert: int  # 0 for dense
+    decider_type: str
+    up_type: str
+    down_source_type: str
+    down_type: str
+    requantised: bool
+    relative_rms: float
+    bytes_per_neuron: int
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """The outcome of `convert`; sizes in bytes."""
+
+    source: str
+    output: str
+    architecture: str
+    activation: str
+    gated: bool
+    source_bytes: int
+    output_bytes: int
+    source_sha256: str
+    seconds: float
+    layers: list[LayerReport]
+
+    @property
+    def requantised(self) -> list[LayerReport]:
+        """The layers whose `down` is not exactly the source's."""
+        return [layer for layer in self.layers if layer.requantised]
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    activation: str | None = None,
+    down_type: str = "auto",
+    order: Mapping[int, np.ndarray] | None = None,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Write `output`, the sparse-GGUF of the stock GGUF `source`.
+
+    `activation`: relu, relu2, drelu, silu or gelu; default: the source's hint, else its architecture's own.
+    `down_type`: type that the transposed `down` is stored in; ``auto`` keeps the source's where possible, ``same``
+    insists on that, others are ggml type names (``q8_0``). `order`: layer -> stored-to-original neuron permutation,
+    int [n_ff] or [n_expert, n_ff]; layers left out keep their order. `progress(done, total, what)` counts bytes.
+
+    Raises FormatError (bad source), ConversionError (it cannot be done; says why), OSError (source unreadable).
+    """
+    started = time.monotonic()
+    with GGUFFile.open(source) as file:
+        _refuse_same_file(file, output)
+        plan = plan_conversion(file, activation, down_type)
+        ffns, gated = plan.ffns, plan.gated
+        orders = _check_orders(ffns, order or {})
+        writer = GGUFWriter(
+            output,
+            _fields(file, ffns, plan.activation, gated),
+            _plan(file, ffns),
+            alignment=sparse.FILE_ALIGNMENT,
+        )
+        hashing = _Hashing(file)
+        reporter = Reporter(progress, writer.size + file.size, lambda: hashing.done)
+        with writer, hashing:
+            errors = _write_all(file, writer, ffns, orders, reporter)
+            digest = hashing.result(reporter)
+            file.check_unchanged()
+            writer.replace_string(sparse.K_SOURCE_SHA256, digest)
+        return ConversionReport(
+            source=file.path,
+            output=os.fspath(output),
+            architecture=plan.architecture,
+            activation=plan.activation,
+            gated=gated,
+            source_bytes=file.size,
+            output_bytes=writer.size,
+            source_sha256=digest,
+            seconds=time.monotonic() - started,
+            layers=[_layer_report(ffn, error) for ffn, error in zip(ffns, errors, strict=True)],
+        )
+
+
+def _layer_report(ffn: FFN, relative_rms: float) -> LayerReport:
+    return LayerReport(
+        index=ffn.index,
+        kind="moe" if ffn.suffix else "dense",
+        n_embd=ffn.n_embd,
+        n_ff=ffn.n_ff,
+        n_expert=ffn.experts if ffn.suffix else 0,
+        decider_type=type_name(ffn.decider.type),
+        up_type=type_name(ffn.up.type),
+        down_source_type=type_name(ffn.down.type),
+        down_type=type_name(ffn.down_type),
+        requantised=not quants.transposes_exactly(ffn.down.type, ffn.down_type),
+        relative_rms=relative_rms,
+        bytes_per_neuron=ffn.layout[2],
+    )
+
+
+# ---- planning -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion is going to do, decided from the header alone."""
+
+    architecture: str
+    activation: str
+    gated: bool
+    ffns: list[FFN]
+
+
+def plan_conversion(file: GGUFFile, activation: str | None = None, down_type: str = "auto") -> Plan:
+    """Decide how to convert `file`, or raise ConversionError saying why it cannot be done."""
+    architecture = _text(file, "general.architecture")
+    ffns = _find_ffns(file, down_type)
+    gated = ffns[0].gate is not None
+    return Plan(architecture, _choose_activation(file, architecture, gated, activation), gated, ffns)
+
+
+def _text(file: GGUFFile, key: str) -> str:
+    field = file.fields.get(key)
+    if field is None or field.type != STRING:
+        raise FormatError(f"{file.path}: {key}: {'is missing' if field is None else 'is not a string'}")
+    return field.value
+
+
+def _refuse_same_file(file: GGUFFile, output: str | os.PathLike[str]) -> None:
+    if os.path.exists(output) and os.path.samestat(os.stat(output), os.fstat(file.fd)):
+        raise ConversionError(
+            f"{os.fspath(output)}: is the source itself; choose another name for the output"
+        )
+
+
+def _find_ffns(file: GGUFFile, down_type: str) -> list[FFN]:
+    """The FFNs of the file by the names of their tensors, in layer order; refuses what cannot be bundled."""
+    if sparse.K_VERSION in file.fields:
+        raise ConversionError(
+            f"{file.path}: is a sparse-GGUF already; get the stock file back with: powerinfer export"
+        )
+    for name in file.fields:
+        if sparse.owns_key(name) and name != sparse.K_ACTIVATION:
+            raise ConversionError(
+                f"{file.path}: {name}: a key of the sparse-GGUF format in a file that is none"
+            )
+    if file.metadata.get("split.count", 1) not in (0, 1):
+        raise ConversionError(
+            f"{file.path}: is one part of a split model (split.count); merge it first with: "
+            "llama-gguf-split --merge FIRST-PART OUTPUT"
+        )
+    parts: dict[tuple[int, str], dict[str, TensorInfo]] = {}
+    for name, tensor in file.tensors.items():
+        for pattern, what in _UNSUPPORTED:
+            if re.fullmatch(pattern, name):
+                raise ConversionError(f"{file.path}: tensor {name}: {what}")
+        if match := sparse.FFN_TENSOR.fullmatch(name):
+            parts.setdefault((int(match[1]), match[3] or ""), {})[match[2]] = tensor
+    if not parts:
+        raise ConversionError(
+            f"{file.path}: has no FFN tensors (blk.N.ffn_up.weight...), so there is nothing to convert"
+        )
+    ffns = [
+        _ffn(file, index, suffix, tensors, down_type) for (index, suffix), tensors in sorted(parts.items())
+    ]
+    if len({ffn.gate is None for ffn in ffns}) > 1:
+        raise ConversionError(f"{file.path}: some layers have a gate and some have none; not supported yet")
+    return ffns
+
+
+def _ffn(file: GGUFFile, index: int, suffix: str, tensors: dict[str, TensorInfo], down_type: str) -> FFN:
+    where = f"{file.path}: FFN of layer {index}"
+    for part in ("up", "down"):
+        if part not in tensors:
+            raise ConversionError(f"{where}: blk.{index}.ffn_{part}{suffix}.weight is missing")
+    up, down, gate = tensors["up"], tensors["down"], tensors.get("gate")
+    n_embd, n_ff, *experts = (*up.shape, 0, 0)[: max(2, len(up.shape))]
+    if gate is None and down.shape[:2] == (n_ff // 2, n_embd):
+        raise ConversionError(
+            f"{where}: {up.name} holds gate and up merged into one tensor; not supported yet"
+        )
+    if len(up.shape) not in ((2, 3) if suffix else (2,)):
+        raise ConversionError(
+            f"{where}: {up.name} has shape {list(up.shape)}, which is not that of an FFN matrix"
+        )
+    if down.shape != (n_ff, n_embd, *experts):
+        raise ConversionError(
+            f"{where}: {down.name} has shape {list(down.shape)}, expected {[n_ff, n_embd, *experts]}"
+        )
+    if gate is not None and gate.shape != up.shape:
+        raise ConversionError(f"{where}: {gate.name} has shape {list(gate.shape)}, expected {list(up.shape)}")
+    for tensor in (gate, up, down):
+        if tensor is not None and tensor.type in quants.NOT_FOR_WEIGHTS:
+            raise ConversionError(
+                f"{where}: {tensor.name} has type {type_name(tensor.type)}, which holds no weights"
+            )
+    ffn = FFN(index, gate, up, down, _choose_down_type(where, down, n_embd, down_type))
+    if n_ff >= 1 << 31:
+        raise ConversionError(f"{where}: {n_ff} neurons; at most {(1 << 31) - 1} are supported")
+    for bias in ffn.biases:
+        tensor = file.tensors.get(bias)
+        if tensor is not None and tensor.shape != up.shape[1:]:
+            raise ConversionError(
+                f"{where}: {bias} has shape {list(tensor.shape)}, expected {list(up.shape[1:])}"
+            )
+        if tensor is not None and BLOCKS[tensor.type][0] != 1:
+            raise ConversionError(
+                f"{where}: {bias} has type {type_name(tensor.type)}; biases are F32, F16 or BF16"
+            )
+    return ffn
+
+
+def _choose_down_type(where: str, down: TensorInfo, n_embd: int, wanted: str) -> int:
+    wanted = wanted.lower()
+    if wanted == "auto":
+        fitting = (t for t in (down.type, quants.Q8_0) if n_embd % BLOCKS[t][0] == 0)
+        return next(fitting, quants.F16)
+    if wanted != "same" and wanted not in DOWN_TYPES:
+        raise ConversionError(f"down type {wanted!r} is not one of auto, same, {', '.join(DOWN_TYPES)}")
+    chosen = down.type if wanted == "same" else DOWN_TYPES[wanted]
+    if n_embd % BLOCKS[chosen][0]:
+        raise ConversionError(
+            f"{where}: down type {type_name(chosen)} has blocks of {BLOCKS[chosen][0]} values, which do not divide this "
+            f"model's embedding length of {n_embd}; choose another down type, or auto"
+        )
+    return chosen
+
+
+def _choose_activation(file: GGUFFile, architecture: str, gated: bool, wanted: str | None) -> str:
+    for key in ("swiglu_clamp_exp", "swiglu_clamp_shexp"):
+        limits = file.metadata.get(f"{architecture}.{key}", 0)
+        if any(limits) if isinstance(limits, list) else limits:
+            raise ConversionError(
+                f"{file.path}: {architecture}.{key}: clamped FFN activations are not supported yet"
+            )
+    native, native_gated = NATIVE.get(architecture, (None, gated))
+    if native_gated != gated:
+        # starcoder2 has ungated layers, refact gated ones...; a file that contradicts the table is not what we vouch for.
+        native = None
+    origin = "the chosen activation"
+    if wanted is None and sparse.K_ACTIVATION in file.fields:
+        wanted, origin = _text(file, sparse.K_ACTIVATION), f"the file's hint {sparse.K_ACTIVATION}"
+    if wanted is None:
+        wanted = native
+    if wanted is None:
+        kind = "" if native_gated == gated else f" with {'a' if gated else 'no'} gate"
+        advice = (
+            "; say what its FFN computes with --activation"
+            if gated
+            else ", and FFNs without a gate cannot be overridden"
+        )
+        raise ConversionError(
+            f"{file.path}: the activation of architecture {architecture!r}{kind} is not known{advice}"
+        )
+    if wanted not in sparse.ACTIVATIONS:
+        raise ConversionError(
+            f"{file.path}: {origin} is {wanted!r}, which is not one of {', '.join(sparse.ACTIVATIONS)}"
+        )
+    if not gated and wanted != native:
+        own = f"stays {native}" if native else "cannot be overridden"
+        raise ConversionError(
+            f"{file.path}: {origin} is {wanted}, but the FFN of {architecture!r} has no gate and is computed by stock "
+            f"llama.cpp up to its activation, so it {own}"
+        )
+    return wanted
+
+
+def _check_orders(ffns: list[FFN], order: Mapping[int, np.ndarray]) -> list[np.ndarray | None]:
+    """Per FFN its stored -> original permutations, int32 [experts, n_ff], or None for the identity."""
+    unknown = set(order) - {ffn.index for ffn in ffns}
+    if unknown:
+        raise ConversionError(f"neuron orders given for layers without an FFN: {sorted(unknown)}")
+    checked: list[np.ndarray | None] = []
+    for ffn in ffns:
+        if ffn.index not in order:
+            checked.append(None)
+            continue
+        rows = np.asarray(order[ffn.index])
+        rows = rows.reshape(1, -1) if rows.ndim == 1 else rows
+        identity = np.arange(ffn.n_ff, dtype=np.int32)
+        if rows.shape != (ffn.experts, ffn.n_ff) or any(
+            not np.array_equal(np.sort(row), identity) for row in rows
+        ):
+            raise ConversionError(
+                f"neuron order of layer {ffn.index} is not {ffn.experts} permutation(s) of 0 to {ffn.n_ff - 1}"
+            )
+        rows = rows.astype(np.int32)
+        checked.append(None if (rows == identity).all() else rows)
+    return checked
+
+
+def _plan(file: GGUFFile, ffns: list[FFN]) -> list[NewTensor]:
+    """The output's tensors: the source's in their order, each bundle and its order where the FFN's first hidden was."""
+    owner = {tensor.name: ffn for ffn in ffns for tensor in ffn.hidden}
+    planned, done = [], set()
+    for tensor in file.tensors.values():
+        ffn = owner.get(tensor.name)
+        if ffn is None:
+            planned.append(NewTensor(tensor.name, tensor.type, tensor.shape))
+        elif ffn not in done:
+            done.add(ffn)
+            planned += [ffn.bundle, ffn.order]
+    names = [tensor.name for tensor in planned]
+    clash = next((ffn.bundle.name for ffn in ffns if names.count(ffn.bundle.name) > 1), None)
+    if clash:
+        raise ConversionError(
+            f"{file.path}: tensor {clash}: a name of the sparse-GGUF format in a file that is none"
+        )
+    return planned
+
+
+def _fields(file: GGUFFile, ffns: list[FFN], activation: str, gated: bool) -> list[Field]:
+    """The source's metadata in its order, then ours; the keys both have are replaced where they stand."""
+    alignment = Field.scalar("general.alignment", U32, sparse.FILE_ALIGNMENT)
+    chosen = Field.scalar(sparse.K_ACTIVATION, STRING, activation)
+    replaced = {alignment.name: alignment, chosen.name: chosen}
+    fields = [replaced.get(name, field) for name, field in file.fields.items()]
+    fields += [field for name, field in replaced.items() if name not in file.fields]
+    had_alignment = alignment.name in file.fields
+    fields += [
+        Field.scalar(sparse.K_VERSION, U32, sparse.VERSION),
+        Field.scalar(sparse.K_SOURCE_NAME, STRING, os.path.basename(file.path)),
+        Field.scalar(sparse.K_SOURCE_SIZE, U64, file.size),
+        Field.scalar(sparse.K_SOURCE_SHA256, STRING, "0" * 64),  # replaced when the source has been read
+        Field.scalar(sparse.K_SOURCE_ALIGNMENT, U32, file.alignment if had_alignment else 0),
+        Field.scalar(sparse.K_SOURCE_GGUF_VERSION, U32, file.version),
+    ]
+    if sparse.K_ACTIVATION in file.fields:
+        fields.append(Field.scalar(sparse.K_SOURCE_ACTIVATION, STRING, _text(file, sparse.K_ACTIVATION)))
+    fields += [
+        Field.array(sparse.K_SOURCE_TENSORS, STRING, file.tensors),
+        Field.scalar(sparse.K_BUNDLE_ALIGN, U32, sparse.BUNDLE_ALIGNMENT),
+        Field.array(sparse.K_BUNDLE_SEGMENTS, STRING, ["up", "down"] if gated else ["down"]),
+        Field.array(sparse.K_BUNDLE_TENSORS, STRING, [ffn.bundle.name for ffn in ffns]),
+    ]
+    if gated:
+        fields.append(Field.array(sparse.K_UP_TYPE, I32, [ffn.up.type for ffn in ffns]))
+    return fields + [
+        Field.array(sparse.K_DOWN_TYPE, I32, [ffn.down_type for ffn in ffns]),
+        Field.array(sparse.K_DOWN_SOURCE_TYPE, I32, [ffn.down.type for ffn in ffns]),
+        Field.array(sparse.K_STRIDE, U64, [ffn.layout[2] for ffn in ffns]),
+    ]
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+class _Hashing:
+    """The source's SHA-256, computed by a thread of its own beside the conversion (both cores have work then)."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        self.done = 0
+        self._stop = False
+        self._error: BaseException | None = None
+        self._hash = hashlib.sha256()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> _Hashing:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        buffer = bytearray(min(PIECE, max(1, self.file.size)))
+        try:
+            while self.done < self.file.size and not self._stop:
+                view = memoryview(buffer)[: min(len(buffer), self.file.size - self.done)]
+                self.file.read_into(self.done, view)
+                self._hash.update(view)
+                self.done += len(view)
+        except BaseException as error:
+            self._error = error
+
+    def result(self, reporter: Reporter) -> str:
+        """Wait for the digest; re-raises what went wrong while reading."""
+        while self._thread.is_alive():
+            self._thread.join(0.1)
+            reporter.advance(0, "sha256 of the source")
+        if self._error:
+            raise self._error
+        return self._hash.hexdigest()
+
+
+def _write_all(
+    file: GGUFFile, writer: GGUFWriter, ffns: list[FFN], orders: list[np.ndarray | None], reporter: Reporter
+) -> list[float]:
+    """Stream every planned tensor; the relative RMS error of each FFN's stored `down`, in the order of `ffns`."""
+    bundles = {ffn.bundle.name: i for i, ffn in enumerate(ffns)}
+    order_tensors = {ffn.order.name: i for i, ffn in enumerate(ffns)}
+    permuted = {}  # tensors whose rows (or values, for biases) follow the neuron order
+    for ffn, order in zip(ffns, orders, strict=True):
+        if order is not None:
+            permuted |= dict.fromkeys((ffn.decider.name, *ffn.biases), order)
+    errors = [0.0] * len(ffns)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for tensor in writer.tensors:
+            name = tensor.name
+            writer.begin(name)
+            if name in bundles:
+                i = bundles[name]
+                errors[i] = _write_bundle(file, writer, ffns[i], orders[i], pool, reporter)
+                continue
+            if name in order_tensors:
+                i = order_tensors[name]
+                identity = np.broadcast_to(
+                    np.arange(ffns[i].n_ff, dtype="<i4"), (ffns[i].experts, ffns[i].n_ff)
+                )
+                order = identity if orders[i] is None else orders[i].astype("<i4")
+                parts: Iterator[np.ndarray] = iter(np.ascontiguousarray(row) for row in order)
+            elif name in permuted:
+                parts = permuted_rows(file, file.tensors[name], permuted[name])
+            else:
+                parts = pieces(file, file.tensors[name])
+            for part in parts:
+                writer.write(part)
+                reporter.advance(part.nbytes, name)
+    return errors
+
+
+def _write_bundle(
+    file: GGUFFile,
+    writer: GGUFWriter,
+    ffn: FFN,
+    orders: np.ndarray | None,
+    pool: ThreadPoolExecutor,
+    reporter: Reporter,
+) -> float:
+    """Stream one bundle, expert by expert. Returns the relative RMS error of the stored `down`."""
+    _, down_offset, stride = ffn.layout
+    down_bytes = ffn.down.nbytes // ffn.experts
+    error = energy = 0.0
+    for expert in range(ffn.experts):
+        # Where the neuron with the original index i is stored.
+        place = np.arange(ffn.n_ff) if orders is None else np.argsort(orders[expert])
+        rows = np.zeros((ffn.n_ff, stride), np.uint8)
+        if ffn.gate:
+            _place_up(file, ffn, expert, place, rows)
+        down = np.empty((ffn.n_embd, down_bytes // ffn.n_embd), np.uint8)
+        file.read_into(ffn.down.offset + expert * down_bytes, down)
+        try:
+            for strip_error, strip_energy in pool.map(
+                lambda strip, down=down, place=place, rows=rows: _place_down(
+                    ffn, down, strip, place, rows[:, down_offset:]
+                ),
+                strips(ffn.down.type, ffn.n_ff, ffn.n_embd),
+            ):
+                error += strip_error
+                energy += strip_energy
+        except ConversionError as problem:
+            raise ConversionError(f"{file.path}: tensor {ffn.down.name}: {problem}") from problem
+        writer.write(rows)
+        reporter.advance(rows.nbytes, ffn.bundle.name)
+    return math.sqrt(error / energy) if energy else 0.0
+
+
+def _place_up(file: GGUFFile, ffn: FFN, expert: int, place: np.ndarray, rows: np.ndarray) -> None:
+    """Copy the rows of `up` to the start of their neurons' rows."""
+    width = row_bytes(ffn.up.type, ffn.n_embd)
+    start = ffn.up.offset + expert * ffn.n_ff * width
+    for first, last in row_ranges(ffn.n_ff, width):
+        piece = np.empty((last - first, width), np.uint8)
+        file.read_into(start + first * width, piece)
+        rows[place[first:last], :width] = piece
+
+
+def _place_down(
+    ffn: FFN, down: np.ndarray, strip: tuple[int, int], place: np.ndarray, columns: np.ndarray
+) -> tuple[float, float]:
+    """Transpose the columns of one strip of neurons into `columns`; returns squared error and squared norm.
+
+    `down` is uint8 [n_embd, bytes per row], `columns` uint8 [n_ff, at least the bytes of one column].
+    """
+    first, last = strip
+    width = row_bytes(ffn.down_type, ffn.n_embd)
+    source = down[:, row_bytes(ffn.down.type, first) : row_bytes(ffn.down.type, last)]
+    if quants.transposes_exactly(ffn.down.type, ffn.down_type):
+        columns[place[first:last], :width] = quants.transpose(ffn.down.type, source, ffn.down_type)
+        return 0.0, 0.0
+    exact = np.ascontiguousarray(quants.dequantise(ffn.down.type, source, last - first).T)
+    stored = quants.quantise(ffn.down_type, exact)
+    columns[place[first:last], :width] = stored
+    energy = float(np.vdot(exact, exact))
+    exact -= quants.dequantise(ffn.down_type, stored, ffn.n_embd)
+    return float(np.vdot(exact, exact)), energy

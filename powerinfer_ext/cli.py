@@ -1,0 +1,435 @@
+"""The command line, `powerinfer`: each command is thin, the work is in the module of its name."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from powerinfer_ext.errors import PowerInferError
+
+app = typer.Typer(
+    name="powerinfer",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # main() says it in one sentence
+    help="Run GGUF models computing only the FFN neurons that fire, on stock llama-cpp-python.",
+    epilog="[bold]Start here[/bold]: powerinfer demo",
+)
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A GGUF or sparse-GGUF file, or the name of a bundled model.")
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads.", show_default="as many as there are CPUs to use")
+]
+Context = Annotated[
+    int, typer.Option(min=0, help="Context length in tokens; 0: the model's own, but at most 4096.")
+]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
+Seed = Annotated[int, typer.Option(help="Random seed for temperatures above 0.")]
+Dense = Annotated[
+    bool, typer.Option("--dense", help="Compute all neurons of a sparse-GGUF, to compare with.")
+]
+
+
+class Activation(StrEnum):
+    relu = "relu"
+    relu2 = "relu2"
+    drelu = "drelu"
+    silu = "silu"
+    gelu = "gelu"
+
+
+class EvalMode(StrEnum):
+    prefill = "prefill"
+    decode = "decode"
+    both = "both"
+
+
+def _examples(*lines: str) -> str:
+    """The epilog of a command's help."""
+    return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"  {line}" for line in lines)
+
+
+@app.command(
+    epilog=_examples("powerinfer demo", "powerinfer demo --keep demo-files", "powerinfer demo --json")
+)
+def demo(
+    keep: Annotated[Path | None, typer.Option(help="Keep the converted model in this folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Convert a bundled model, run it with stock and with us, and compare the two. Takes under a minute."""
+    from powerinfer_ext import demo as demonstration
+
+    _silence_llama_cpp()
+    with err.status("") as status:
+        result = demonstration.demo(keep=keep, step=lambda text: status.update(f"{text} ..."))
+    if as_json:
+        return _print_json(result)
+    demonstration.render(result, out)
+
+
+@app.command(epilog=_examples("powerinfer models", "powerinfer models --json"))
+def models(as_json: Json = False) -> None:
+    """List the small models that come with this package."""
+    from powerinfer_ext.models import bundled
+
+    found = bundled()
+    if as_json:
+        return _print_json([dataclasses.asdict(model) for model in found])
+    table = Table("name", "architecture", "activation", "parameters", "held-out perplexity", "density")
+    for model in found:
+        table.add_row(
+            model.name,
+            model.architecture,
+            model.activation,
+            f"{model.parameters / 1e6:.1f} M",
+            f"{model.heldout_ppl:.2f}",
+            f"{model.density:.1%}",
+        )
+    out.print(table)
+    if found:
+        _say(f"Files: {found[0].path.parent}")
+
+
+@app.command(
+    epilog=_examples(
+        "powerinfer convert arcee-relu2 arcee.sparse.gguf",
+        "powerinfer convert prosparse-llama-2-7b.gguf prosparse.sparse.gguf --activation relu",
+        "powerinfer convert model-f16.gguf model.sparse.gguf --down-type Q8_0",
+    )
+)
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="A stock GGUF file, or the name of a bundled model.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The sparse-GGUF to write.")],
+    activation: Annotated[
+        Activation | None,
+        typer.Option(help="What the FFN computes.", show_default="what the file says, or its architecture"),
+    ] = None,
+    down_type: Annotated[
+        str, typer.Option(help="Type to store the columns of down in, such as F16 or Q8_0; or auto.")
+    ] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Convert a stock GGUF to sparse-GGUF."""
+    from gguf_tools.convert import convert as write_sparse
+
+    with _progress(f"Converting to {target.name}") as progress:
+        report = write_sparse(
+            _resolve(source),
+            target,
+            activation=activation.value if activation else None,
+            down_type=down_type,
+            progress=progress,
+        )
+    if as_json:
+        return _print_json(report.to_dict())
+    neurons = sum(layer.n_ff * (layer.n_expert or 1) for layer in report.layers)
+    _say(
+        f"{report.output}: {report.architecture}, {report.activation}, {neurons} neurons in "
+        f"{len(report.layers)} layers, {_megabytes(report.output_bytes)} "
+        f"(was {_megabytes(report.source_bytes)}), {report.seconds:.1f} s"
+    )
+    if report.requantised:
+        worst = max(layer.relative_rms for layer in report.requantised)
+        _say(
+            f"down was re-quantised in {len(report.requantised)} layers, as its columns are stored as rows: "
+            f"it moved by at most {worst:.2%} (root mean square)"
+        )
+
+
+@app.command(epilog=_examples("powerinfer export arcee.sparse.gguf arcee.gguf"))
+def export(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A sparse-GGUF file.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="The stock GGUF to write.")],
+    as_json: Json = False,
+) -> None:
+    """Turn a sparse-GGUF back into a stock GGUF."""
+    from gguf_tools.export import export as write_stock
+
+    with _progress(f"Exporting to {target.name}") as progress:
+        report = write_stock(source, target, progress=progress)
+    if as_json:
+        return _print_json(report.to_dict())
+    _say(f"{report.output}: {_megabytes(report.output_bytes)}, {report.seconds:.1f} s")
+    if report.identical:
+        _say("It is the file that the sparse-GGUF was made from, byte for byte.")
+    elif report.requantised:
+        _say(f"{len(report.requantised)} tensors differ from the original's by rounding (re-quantised)")
+
+
+@app.command(
+    epilog=_examples("powerinfer inspect arcee.sparse.gguf", "powerinfer inspect arcee-relu2 --json")
+)
+def inspect(
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE", help="A GGUF or sparse-GGUF file, or the name of a bundled model."),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Show what is in a file: metadata, tensors, and how its neurons are bundled."""
+    from gguf_tools import inspect as inspection
+
+    report = inspection.inspect(_resolve(file))
+    if as_json:
+        return _print_json(report)
+    out.print(inspection.render(report))
+
+
+@app.command(
+    epilog=_examples(
+        'powerinfer run arcee.sparse.gguf -p "def main():"',
+        'powerinfer run arcee.sparse.gguf -p "import os" -n 200 --temperature 0.7 --seed 1',
+        'powerinfer run arcee-relu2 -p "class Stack:" --json',
+    )
+)
+def run(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to write at most.")
+    ] = 64,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    threads: Threads = None,
+    ctx: Context = 0,
+    dense: Dense = False,
+    as_json: Json = False,
+) -> None:
+    """Continue a text, and say how fast and how sparsely that was."""
+    from powerinfer_ext.run import generate, open_model
+
+    _silence_llama_cpp()
+    path = _resolve(model)
+    with contextlib.closing(open_model(path, ctx=ctx, threads=threads, dense=dense, seed=seed)) as llama:
+        result = generate(
+            llama,
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            on_text=None if as_json else lambda piece: print(piece, end="", flush=True),
+        )
+    if as_json:
+        return _print_json(dataclasses.asdict(result))
+    print()
+    computed = "all neurons (a stock GGUF)" if result.density is None else f"{result.density:.1%} of neurons"
+    _say(
+        f"prefill {result.prompt_tokens} tokens, {_rate(result.prefill_tps)}/s; "
+        f"decode {result.tokens} tokens, {_rate(result.decode_tps)}/s; computed {computed}",
+        err,
+    )
+
+
+@app.command(
+    epilog=_examples("powerinfer chat model.sparse.gguf", "powerinfer chat model.gguf --temperature 0")
+)
+def chat(
+    model: Model,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", min=1, help="Length of an answer at most.")
+    ] = 512,
+    temperature: Temperature = 0.7,
+    seed: Seed = 0,
+    threads: Threads = None,
+    ctx: Context = 0,
+    dense: Dense = False,
+) -> None:
+    """Talk to a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
+    from powerinfer_ext import chat as conversation
+    from powerinfer_ext.run import open_model
+
+    _silence_llama_cpp()
+    path = _resolve(model)
+    with contextlib.closing(open_model(path, ctx=ctx, threads=threads, dense=dense, seed=seed)) as llama:
+        conversation.chat(
+            llama,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            lines=conversation.typed_lines(),
+            out=sys.stdout,
+        )
+
+
+@app.command(
+    "eval",
+    epilog=_examples(
+        "powerinfer eval arcee.sparse.gguf --against arcee-relu2 --text heldout.txt",
+        "powerinfer eval arcee.sparse.gguf --against arcee.gguf --text heldout.txt --mode decode --json",
+        "powerinfer eval drelu.sparse.gguf --against reference --text heldout.txt",
+    ),
+)
+def eval_(
+    sparse: Annotated[str, typer.Argument(metavar="SPARSE", help="The sparse-GGUF to judge.")],
+    against: Annotated[
+        str,
+        typer.Option(
+            metavar="DENSE|reference",
+            help="The stock GGUF it was made from; or [bold]reference[/bold], a numpy forward pass, for an "
+            "activation that stock llama.cpp does not compute for this architecture.",
+        ),
+    ],
+    text: Annotated[Path, typer.Option(help="Text to read, best one that the model was not trained on.")],
+    reference_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --against reference: the stock GGUF.",
+            show_default="the bundled model it was made from",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=4, help="How many tokens to read.")] = 4096,
+    window: Annotated[int, typer.Option(min=4, help="Tokens per window; each has an empty context.")] = 512,
+    mode: Annotated[
+        EvalMode, typer.Option(help="Read a window at once (prefill), token by token (decode), or try both.")
+    ] = EvalMode.both,
+    floor: Annotated[
+        bool,
+        typer.Option(
+            "--floor/--no-floor", help="Also measure how far stock is from itself (loads DENSE twice)."
+        ),
+    ] = True,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how far a sparse-GGUF is from its dense model: perplexity, KL, top-1 agreement, density.
+
+    KL and top-1 agreement are over every position, perplexity over the second half of each window. With
+    --mode both, the JSON's top level holds the mode with the greater KL.
+    """
+    from powerinfer_ext import evaluate as evaluation
+    from powerinfer_ext.run import default_threads
+
+    _silence_llama_cpp()
+    sparse_path = _resolve(sparse)
+    reference = _reference(sparse_path, reference_model) if against == "reference" else None
+    dense_path = None if reference else _resolve(against)
+    content = text.read_text(encoding="utf-8")
+    with _progress("Evaluating") as progress:
+        result = evaluation.evaluate(
+            sparse_path,
+            dense_path,
+            content,
+            reference=reference,
+            tokens=tokens,
+            window=window,
+            modes=evaluation.MODES if mode is EvalMode.both else (mode.value,),
+            floor=floor,
+            threads=threads or default_threads(),
+            progress=progress,
+        )
+    if as_json:
+        return _print_json(result)
+    evaluation.render(result, out)
+
+
+@app.command(epilog=_examples("powerinfer doctor", "powerinfer doctor --json"))
+def doctor(as_json: Json = False) -> None:
+    """Check this machine and its libraries; every finding with a verdict and a remedy."""
+    from powerinfer_ext.doctor import run as examine
+
+    raise typer.Exit(examine(json=as_json))
+
+
+def _resolve(model: str) -> str:
+    """The path of a model given as a path or as the name of a bundled one."""
+    if Path(model).exists() or "/" in model or model.endswith(".gguf"):
+        return model  # opening it says what is wrong with it, if anything
+    from powerinfer_ext.models import find
+
+    try:
+        return str(find(model).path)
+    except ValueError as error:
+        raise PowerInferError(f"{model}: there is no such file, and {error}") from None
+
+
+def _reference(sparse_path: str, dense: str | None) -> tuple[str, str]:
+    """(dense GGUF, activation) for the numpy reference of a sparse-GGUF."""
+    from gguf_tools.sparse import SparseGGUF
+    from powerinfer_ext.models import bundled
+
+    with SparseGGUF.open(sparse_path) as file:
+        source, activation = file.source_name, file.activation
+    if dense is not None:
+        return _resolve(dense), activation
+    for model in bundled():
+        if model.path.name == source:
+            return str(model.path), activation
+    raise PowerInferError(
+        f"{sparse_path} was made from {source}, which is not a bundled model; name it with --reference-model"
+    )
+
+
+def _say(line: str, console: Console = out) -> None:
+    """A plain line, not wrapped, so that paths stay whole."""
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))  # str: paths
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+@contextlib.contextmanager
+def _progress(title: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr; yields the function to call with (done, total[, what])."""
+    percent = TextColumn("{task.percentage:>3.0f} %")
+    columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bars:
+        task = bars.add_task(title, total=None)
+        yield lambda done, total, what="": bars.update(task, completed=done, total=total)
+
+
+_kept_alive: list[Any] = []  # llama.cpp calls its log callback until the process ends
+
+
+def _silence_llama_cpp() -> None:
+    """Drop llama.cpp's log: what matters comes as exceptions, its warnings would run through our output."""
+    import llama_cpp
+
+    callback = llama_cpp.llama_log_callback(lambda level, text, user_data: None)
+    _kept_alive.append(callback)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+
+
+def main() -> None:
+    """The `powerinfer` command: a problem is one sentence on stderr and exit code 1, a usage error 2."""
+    try:
+        app(prog_name="powerinfer")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+    except (ValueError, PowerInferError) as error:  # FormatError and ConversionError are ValueErrors
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(1)

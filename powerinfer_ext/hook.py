@@ -1,0 +1,166 @@
+"""The one hook into llama-cpp-python: the function that loads a model file.
+
+`llama_cpp._internals.LlamaModel` looks `llama_model_load_from_file` up in the module `llama_cpp.llama_cpp`
+every time it loads a model. We put a dispatcher there: a sparse-GGUF goes to our loader, any other file to
+the function that was there before. There are two ways to switch it on:
+
+    install()            for the whole process, until uninstall()
+    sparse_loading(...)  for the current thread (or asyncio task), inside a `with`; everybody else sees stock
+
+A reference taken earlier (`from llama_cpp import llama_model_load_from_file` before `install()`) is not
+reached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import llama_cpp
+import llama_cpp.llama_cpp as bindings
+
+from gguf_tools.sparse import is_sparse
+from powerinfer_ext import loader
+from powerinfer_ext.errors import PowerInferError
+
+_FUNCTION = "llama_model_load_from_file"
+_PLACES = (bindings, llama_cpp)  # where it is defined and looked up, and where it is re-exported
+
+_lock = threading.RLock()  # guards the next two and the attributes they stand for
+_installed: loader.Options | None = None  # those of install(), None when it is not active
+_scopes = 0  # how many sparse_loading() blocks are open, in all threads
+
+_scoped: ContextVar[loader.Options | None] = ContextVar("powerinfer_sparse_loading", default=None)
+
+# llama-cpp-python silences a load (verbose=False) by redirecting the stdout and stderr of the whole process;
+# two loads at once can restore them in the wrong order and leave them at /dev/null. So ours take turns.
+_one_load_at_a_time = threading.RLock()
+
+
+class SparseModelPointer(int):
+    """A `llama_model_p` that keeps the `SparseModel` behind it alive.
+
+    llama-cpp-python stores what the load function returned and forgets it right after `llama_model_free`. So
+    our handle lives exactly as long as the model, with no registry to keep in step and nothing to hook when
+    it is freed.
+    """
+
+    sparse: loader.SparseModel
+
+    @classmethod
+    def of(cls, address: int, sparse: loader.SparseModel) -> SparseModelPointer:
+        pointer = cls(address)
+        pointer.sparse = sparse
+        return pointer
+
+
+def install(*, sparse_mode: str = "exact") -> None:
+    """Make every `llama_cpp.Llama` of this process open sparse-GGUF files too (idempotent).
+
+    Existing code, llama-cpp-python's server and frameworks built on it need no edit. A second call only
+    changes the options. Raises PowerInferError when somebody has replaced the load function after the first
+    call.
+    """
+    global _installed
+    options = loader.Options(sparse_mode)
+    with _lock:
+        if _installed is not None:
+            _refuse_if_covered("change the options of")
+        _installed = options
+        _put()
+
+
+def uninstall() -> None:
+    """Undo `install()` (idempotent). Models that are open stay usable.
+
+    Raises PowerInferError, and stays installed, when somebody has replaced the load function after
+    `install()`.
+    """
+    global _installed
+    with _lock:
+        if _installed is None:
+            return
+        _refuse_if_covered("uninstall")
+        _installed = None
+        if _scopes == 0:
+            _remove()
+
+
+@contextlib.contextmanager
+def sparse_loading(options: loader.Options) -> Iterator[None]:
+    """Inside this block the current thread's `llama_cpp` loads sparse-GGUF files, with these options."""
+    global _scopes
+    with _one_load_at_a_time:
+        with _lock:
+            _scopes += 1
+            _put()
+        token = _scoped.set(options)
+        try:
+            yield
+        finally:
+            _scoped.reset(token)
+            with _lock:
+                _scopes -= 1
+                if _scopes == 0 and _installed is None:
+                    _remove()
+
+
+class _Dispatcher:
+    """What takes the place of `original`. A class, so that a wrapper around it is not mistaken for it."""
+
+    def __init__(self, original: Callable[..., int | None]) -> None:
+        functools.update_wrapper(self, original)
+        self.original = original
+
+    def __call__(self, path_model: bytes, params: Any, /) -> int | None:
+        scoped = _scoped.get()
+        options = scoped if scoped is not None else _installed
+        if options is None or path_model is None:
+            return self.original(path_model, params)
+        path = os.fsdecode(path_model)
+        unreadable: ValueError | None = None
+        try:
+            sparse = is_sparse(path)
+        except OSError:
+            if scoped is not None:
+                raise
+            sparse = False
+        except ValueError as error:
+            sparse, unreadable = False, error  # stock decides: it may read what our strict reader does not
+        if not sparse:
+            pointer = self.original(path_model, params)
+            if pointer is None and unreadable is not None:
+                raise unreadable  # says why; LlamaModel's ValueError is just "Failed to load model from file"
+            return pointer
+        return SparseModelPointer.of(*loader.load(path, params, options))
+
+
+def _put() -> None:
+    """Put a dispatcher wherever the topmost function is not one of ours (call with `_lock` held)."""
+    for place in _PLACES:
+        current = getattr(place, _FUNCTION)
+        if not isinstance(current, _Dispatcher):
+            setattr(place, _FUNCTION, _Dispatcher(current))
+
+
+def _remove() -> None:
+    """Put back what our dispatchers replaced; one that is covered by somebody else's patch stays, and passes
+    on."""
+    for place in _PLACES:
+        current = getattr(place, _FUNCTION)
+        if isinstance(current, _Dispatcher):
+            setattr(place, _FUNCTION, current.original)
+
+
+def _refuse_if_covered(verb: str) -> None:
+    for place in _PLACES:
+        if not isinstance(getattr(place, _FUNCTION), _Dispatcher):
+            raise PowerInferError(
+                f"cannot {verb} powerinfer_ext: {place.__name__}.{_FUNCTION} was replaced by somebody else "
+                "after powerinfer_ext.install(); undo that replacement first"
+            )

@@ -1,0 +1,118 @@
+"""`powerinfer run`: continue a prompt, and say how fast and how sparsely."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import llama_cpp
+
+from powerinfer_ext.errors import PowerInferError
+from powerinfer_ext.llama import Llama, sparse_stats
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A continuation. Speeds are tokens per second, None where there was nothing to time."""
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    prefill_tps: float | None  # prompt tokens over the time until the first new token was chosen
+    decode_tps: float | None  # the other new tokens over the time they took
+    density: float | None  # mean share of neurons computed, None for a stock GGUF
+
+
+def default_threads() -> int:
+    """One thread per CPU that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def open_model(path: str, *, ctx: int, threads: int | None, dense: bool = False, seed: int = 0) -> Llama:
+    """Open `path` for generation; `ctx` 0 means what the model was trained with, but at most 4096 tokens."""
+    if ctx == 0:
+        ctx = _trained_context(path)
+    threads = threads or default_threads()
+    return Llama(
+        path,
+        sparse_mode="dense" if dense else "exact",
+        n_ctx=ctx,
+        n_threads=threads,
+        n_threads_batch=threads,
+        seed=seed,
+        verbose=False,
+    )
+
+
+def _trained_context(path: str, at_most: int = 4096) -> int:
+    """The context length in the file's metadata, `at_most` where it is longer or not stated."""
+    from gguf_tools.reader import GGUFFile
+
+    try:
+        with GGUFFile.open(path) as file:
+            length = file.metadata.get(f"{file.metadata.get('general.architecture')}.context_length")
+    except ValueError:
+        length = None  # loading it will say what is wrong, and stock may read what our reader does not
+    return min(length, at_most) if isinstance(length, int) and length > 0 else at_most
+
+
+def generate(
+    llama: llama_cpp.Llama,
+    prompt: str,
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue `prompt` by up to `max_tokens` tokens, fewer when the model ends the text or the context is
+    full.
+
+    temperature 0 takes the likeliest token each time. on_text gets the new text piece by piece, as it
+    appears. Raises PowerInferError when the prompt leaves no room in the context, or is empty.
+    """
+    tokens = llama.tokenize(prompt.encode(), special=True)
+    room = llama.n_ctx() - len(tokens)
+    if not tokens:
+        raise PowerInferError("the prompt is empty; give some text to continue")
+    if room < 1:
+        raise PowerInferError(
+            f"the prompt has {len(tokens)} tokens and the context only {llama.n_ctx()}; raise --ctx or "
+            "shorten the prompt"
+        )
+    llama.reset()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
+    text: list[str] = []
+    written: list[int] = []
+
+    def emit(piece: str) -> None:
+        text.append(piece)
+        if on_text is not None and piece:
+            on_text(piece)
+
+    start = first = last = time.perf_counter()
+    for token in llama.generate(tokens, temp=temperature):
+        last = time.perf_counter()
+        if not written:
+            first = last
+        if llama_cpp.llama_vocab_is_eog(llama._model.vocab, token):
+            break
+        written.append(token)
+        emit(decoder.decode(llama.detokenize([token], prev_tokens=tokens + written[:-1])))
+        if len(written) >= min(max_tokens, room):
+            break
+    emit(decoder.decode(b"", final=True))
+    return Generation(
+        text="".join(text),
+        prompt_tokens=len(tokens),
+        tokens=len(written),
+        prefill_tps=_rate(len(tokens), first - start),
+        decode_tps=_rate(len(written) - 1, last - first),
+        density=sparse_stats(llama)["density"],
+    )
+
+
+def _rate(count: int, seconds: float) -> float | None:
+    return count / seconds if count > 0 and seconds > 0 else None
