@@ -6,10 +6,21 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = [f"cpatch/{name}.c" for name in
-           ("backend", "buffer", "ffn", "ggml_abi", "kernels", "model", "plugin", "selftest", "vgguf")]
-CFLAGS = ["-std=c11", "-O3", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast",
-          "-Wall", "-Wextra", "-Werror"]
+SOURCES = [
+    f"cpatch/{name}.c"
+    for name in ("backend", "buffer", "ffn", "ggml_abi", "kernels", "model", "plugin", "selftest", "vgguf")
+]
+CFLAGS = [
+    "-std=c11",
+    "-O3",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+]
 LDFLAGS = ["-fopenmp", "-ldl"]
 
 

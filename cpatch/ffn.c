@@ -255,3 +255,37 @@ void ffn_dense(const struct ffn_product *products, int n_products, int type, int
         }
     }
 }
+
+int pi_ffn(struct pi_model *model, int i, int n_rows, const int32_t *expert, const float *x, const float *g, float *h,
+           float *out, int n_threads) {
+    if (i < 0 || i >= model->n_layers || n_rows <= 0 || n_threads < 1) return -1;
+    struct pi_layer *layer = &model->layers[i];
+    const struct pi_layer_spec *spec = &layer->spec;
+    const bool gated = spec->up_name != NULL;
+    if (gated != (x != NULL) || gated != (h != NULL) || (expert != NULL) != (spec->n_expert > 0)) return -1;
+    const int type = gated ? ggml.ggml_get_type_traits_cpu(spec->up_type)->vec_dot_type : ABI_TYPE_F32;
+    const size_t row_size = round64(gated ? abi_row_size(type, spec->n_embd) : 0);
+    struct ffn_scratch inputs = {0}, work = {0};
+    uint8_t *memory = ffn_scratch_reserve(&inputs, (size_t)n_rows * (row_size + sizeof(struct ffn_row)));
+    if (memory == NULL) return -1;
+    struct ffn_row *rows = (struct ffn_row *)(memory + (size_t)n_rows * row_size);
+    int result = 0;
+    for (int r = 0; r < n_rows && result == 0; r++) {
+        uint8_t *xq = memory + (size_t)r * row_size;
+        if (gated && type == ABI_TYPE_F32) memcpy(xq, x + r * spec->n_embd, (size_t)spec->n_embd * sizeof(float));
+        else if (gated) ggml.ggml_get_type_traits_cpu(type)->from_float(x + r * spec->n_embd, xq, spec->n_embd);
+        rows[r] = (struct ffn_row){.expert = expert != NULL ? expert[r] : 0,
+                                   .xq = gated ? xq : NULL,
+                                   .g = g + r * spec->n_ff,
+                                   .h = gated ? h + r * spec->n_ff : NULL,
+                                   .out = out + r * spec->n_embd};
+        if (rows[r].expert < 0 || (expert != NULL && rows[r].expert >= spec->n_expert)) result = -1;
+    }
+    if (result == 0) {
+        result = ffn_sparse(layer, rows, n_rows, atomic_load(&model->dense), n_threads, &work,
+                            &layer->counters[n_rows > 1]);
+    }
+    ffn_scratch_free(&inputs);
+    ffn_scratch_free(&work);
+    return result;
+}

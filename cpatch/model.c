@@ -94,11 +94,10 @@ static int layer_init(struct pi_layer *layer, struct pi_model *model, const stru
     else if (down_size == 0) field = "down type";
     else if (abi_row_size(spec->down_source_type, spec->n_ff) == 0) field = "down source type";
     else if (gated && up_size == 0) field = "up type";
-    else if (spec->down_offset < 0 || spec->down_offset > INT32_MAX) field = "down offset";
     else if (gated && (spec->up_offset < 0 || spec->up_offset > INT32_MAX)) field = "up offset";
-    else if (spec->stride > INT32_MAX || spec->stride < spec->down_offset + (int64_t)down_size ||
-             (gated && spec->stride < spec->up_offset + (int64_t)up_size))
-        field = "stride";
+    else if (spec->down_offset < (gated ? spec->up_offset + (int64_t)up_size : 0) || spec->down_offset > INT32_MAX)
+        field = "down offset";
+    else if (spec->stride > INT32_MAX || spec->stride < spec->down_offset + (int64_t)down_size) field = "stride";
     else if (__builtin_mul_overflow(spec->stride, spec->n_ff, &total) ||
              __builtin_mul_overflow(total, experts, &total))
         field = "size";

@@ -67,6 +67,13 @@ void pi_model_set_dense(struct pi_model *model, bool dense);
 int pi_model_stats(struct pi_model *model, int i, int phase, struct pi_layer_stats *out);
 void pi_model_reset_stats(struct pi_model *model);
 
+/* Evaluates layer i on plain arrays, without llama.cpp: for tests and kernel benchmarks.
+ * expert: [n_rows], NULL for a dense FFN; x: [n_rows][n_embd] input of up, NULL when ungated; g: [n_rows][n_ff] the
+ * deciding product (ungated: the activation itself); h: [n_rows][n_ff] receives the activation, NULL when ungated, may
+ * be g; out: [n_rows][n_embd]. Counts into phase n_rows > 1. Returns 0, or -1: bad arguments or out of memory. */
+int pi_ffn(struct pi_model *model, int i, int n_rows, const int32_t *expert, const float *x, const float *g, float *h,
+           float *out, int n_threads);
+
 /* Live models in the process: for leak tests. */
 int pi_model_count(void);
 

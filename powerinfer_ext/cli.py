@@ -43,7 +43,10 @@ Context = Annotated[
     int, typer.Option(min=0, help="Context length in tokens; 0: the model's own, but at most 4096.")
 ]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
-Seed = Annotated[int, typer.Option(help="Random seed for temperatures above 0.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Random seed for temperatures above 0.", show_default="another one each time"),
+]
 Dense = Annotated[
     bool, typer.Option("--dense", help="Compute all neurons of a sparse-GGUF, to compare with.")
 ]
@@ -73,14 +76,16 @@ def _examples(*lines: str) -> str:
 )
 def demo(
     keep: Annotated[Path | None, typer.Option(help="Keep the converted model in this folder.")] = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Convert a bundled model, run it with stock and with us, and compare the two. Takes under a minute."""
     from powerinfer_ext import demo as demonstration
 
     _silence_llama_cpp()
-    with err.status("") as status:
-        result = demonstration.demo(keep=keep, step=lambda text: status.update(f"{text} ..."))
+    with contextlib.ExitStack() as stack:
+        step = stack.enter_context(err.status("")).update if err.is_terminal else _note
+        result = demonstration.demo(keep=keep, threads=threads, step=step)
     if as_json:
         return _print_json(result)
     demonstration.render(result, out)
@@ -94,7 +99,8 @@ def models(as_json: Json = False) -> None:
     found = bundled()
     if as_json:
         return _print_json([dataclasses.asdict(model) for model in found])
-    table = Table("name", "architecture", "activation", "parameters", "held-out perplexity", "density")
+    table = Table("name", "architecture", "activation", "parameters", "held-out\nperplexity", "density")
+    table.columns[0].no_wrap = True
     for model in found:
         table.add_row(
             model.name,
@@ -193,7 +199,7 @@ def inspect(
     report = inspection.inspect(_resolve(file))
     if as_json:
         return _print_json(report)
-    out.print(inspection.render(report))
+    inspection.render(report, out)
 
 
 @app.command(
@@ -210,7 +216,7 @@ def run(
         int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to write at most.")
     ] = 64,
     temperature: Temperature = 0.0,
-    seed: Seed = 0,
+    seed: Seed = None,
     threads: Threads = None,
     ctx: Context = 0,
     dense: Dense = False,
@@ -249,7 +255,7 @@ def chat(
         int, typer.Option("--max-tokens", "-n", min=1, help="Length of an answer at most.")
     ] = 512,
     temperature: Temperature = 0.7,
-    seed: Seed = 0,
+    seed: Seed = None,
     threads: Threads = None,
     ctx: Context = 0,
     dense: Dense = False,
@@ -323,7 +329,10 @@ def eval_(
     sparse_path = _resolve(sparse)
     reference = _reference(sparse_path, reference_model) if against == "reference" else None
     dense_path = None if reference else _resolve(against)
-    content = text.read_text(encoding="utf-8")
+    try:
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise PowerInferError(f"{text}: is not text in UTF-8; --text needs a plain text file") from None
     with _progress("Evaluating") as progress:
         result = evaluation.evaluate(
             sparse_path,
@@ -379,6 +388,11 @@ def _reference(sparse_path: str, dense: str | None) -> tuple[str, str]:
     )
 
 
+def _note(line: str) -> None:
+    """A line about what is being done, on stderr."""
+    _say(line, err)
+
+
 def _say(line: str, console: Console = out) -> None:
     """A plain line, not wrapped, so that paths stay whole."""
     console.print(line, markup=False, soft_wrap=True)
@@ -401,7 +415,7 @@ def _progress(title: str) -> Iterator[Callable[..., None]]:
     """A progress bar on stderr; yields the function to call with (done, total[, what])."""
     percent = TextColumn("{task.percentage:>3.0f} %")
     columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bars:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
         task = bars.add_task(title, total=None)
         yield lambda done, total, what="": bars.update(task, completed=done, total=total)
 
@@ -426,7 +440,12 @@ def main() -> None:
         sys.exit(130)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
-    except (ValueError, PowerInferError) as error:  # FormatError and ConversionError are ValueErrors
+    except MemoryError:
+        _fail("there is not enough memory for this")
+    except (
+        ValueError,
+        RuntimeError,
+    ) as error:  # FormatError, ConversionError, PowerInferError and stock's own
         _fail(str(error))
 
 

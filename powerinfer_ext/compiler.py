@@ -1,6 +1,6 @@
 """Which C++ compiler would build llama-cpp-python here, and does it miscompile AMX tile configuration?
 
-GCC before 11.5, 12.4 and 13.3 declares ``_tile_loadconfig`` as reading 8 of its 64 bytes (GCC bug 114098);
+GCC before 12.4, and 13.0 to 13.2, declares ``_tile_loadconfig`` as reading 8 of its 64 bytes;
 llama.cpp built with one of those crashes at the first decode on a CPU with AMX. The remedy is a header,
 ``amx_tile_fix.h``, force-included. Standard library only: bootstrap.py loads this file before anything is
 installed.
@@ -17,8 +17,9 @@ from pathlib import Path
 
 FIX_HEADER = Path(__file__).resolve().parent / "amx_tile_fix.h"
 
-# First good release of each branch that has the AMX intrinsics at all.
-_FIRST_GOOD = {11: (11, 5, 0), 12: (12, 4, 0), 13: (13, 3, 0)}
+# First good release of each branch; GCC 11 is the first with the AMX intrinsics. All of 11 is taken to be
+# affected: the header does no harm where it is not needed.
+_FIRST_GOOD = {11: (12, 0, 0), 12: (12, 4, 0), 13: (13, 3, 0)}
 
 
 @dataclass(frozen=True)

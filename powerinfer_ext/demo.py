@@ -35,6 +35,7 @@ def demo(
     prompt: str = PROMPT,
     max_tokens: int = 64,
     eval_tokens: int = 512,
+    threads: int | None = None,
     step: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Run the demonstration and return what it found; `step` is told what is being done.
@@ -44,7 +45,7 @@ def demo(
     from gguf_tools.convert import convert
 
     model = models.find(MODEL)
-    threads = default_threads()
+    threads = threads or default_threads()
     with ExitStack() as stack:
         if keep is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="powerinfer-demo-")))
@@ -56,8 +57,11 @@ def demo(
         step(f"Converting {MODEL} to sparse-GGUF")
         convert(model.path, sparse_path)
         generations = {}
-        for who, path in (("stock", model.path), ("sparse", sparse_path)):
-            step(f"Generating {max_tokens} tokens with {who}")
+        for who, name, path in (
+            ("stock", "stock llama-cpp-python", model.path),
+            ("sparse", "powerinfer-ext", sparse_path),
+        ):
+            step(f"Generating {max_tokens} tokens with {name}")
             with closing(open_model(str(path), ctx=0, threads=threads)) as llama:
                 generations[who] = generate(llama, prompt, max_tokens=max_tokens)
                 stats = llama.sparse_stats()  # the second time, of the sparse one
@@ -103,6 +107,6 @@ def render(result: dict[str, Any], console: Console) -> None:
     console.print(result["note"], style="dim")
     console.print("\n[bold]Next[/bold]")
     for command, what in NEXT_STEPS:
-        console.print(f"  {command:44} {what}", markup=False)
+        console.print(f"  {command:46} {what}", markup=False)
     if result["sparse_path"]:
         console.print(f"The converted model is kept: {result['sparse_path']}", markup=False, soft_wrap=True)

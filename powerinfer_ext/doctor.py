@@ -264,8 +264,12 @@ def each_check(folder: Path, say: Callable[[str], None] = lambda what: None) -> 
     yield check_decode(result, wanted)
     cpu_has_amx = "amx_tile" in machine.parse_cpuinfo(cpuinfo)[1]
     yield check_compiler(compiler.find_compiler(), cpu_has_amx, result, wanted)
-    say("testing our backend in a child process")
-    yield check_backend()
+    if result.ok:
+        say("testing our backend in a child process")
+        yield check_backend()
+    else:
+        detail = "not tested, because llama-cpp-python itself does not decode"
+        yield Check("POWERINFER backend", "warn", detail, "First see to the decode probe.")
     yield check_io_uring(machine.io_uring_error())
     yield check_cgroup(machine.memory_cgroup())
     yield check_direct_io(folder)

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import llama_cpp
 import numpy as np
 from llama_cpp import _internals as internals
+from llama_cpp._logger import set_verbose
 from rich.console import Console
 from rich.table import Table
 
@@ -51,6 +52,7 @@ class LlamaScorer:
         self, path: str, *, window: int, threads: int, sparse_mode: str = "exact", extra_bufts: bool = True
     ) -> None:
         self._stack = contextlib.ExitStack()
+        set_verbose(False)  # llama.cpp's log, as llama_cpp.Llama(verbose=False) does
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0
         params.use_extra_bufts = extra_bufts
@@ -233,7 +235,7 @@ def evaluate(
         window: tokens per window, each with a fresh KV cache.
         modes: of "prefill" and "decode", which to evaluate.
         floor: also measure how far stock is from itself (needs dense_path, and loads it twice).
-        progress: called with (tokens done, tokens in all).
+        progress: called with (tokens read, tokens to read in all); each model reads each window.
 
     Returns the JSON of `powerinfer eval`. The figures at its top level are those of the mode with the greater
     KL; `modes` has them all. `stock_self` and `stock_prefill_vs_decode` are None without the floor.
@@ -250,30 +252,41 @@ def evaluate(
             dense = ReferenceScorer(*reference)
         else:
             raise PowerInferError("nothing to compare with: give a dense model or a reference")
+        if isinstance(dense, LlamaScorer) and dense.n_vocab != sparse.n_vocab:
+            raise PowerInferError(
+                f"{sparse_path} and {dense_path} are not the same model: they have vocabularies of "
+                f"{sparse.n_vocab} and {dense.n_vocab} tokens"
+            )
         other = stack.enter_context(LlamaScorer(dense_path, **settings, extra_bufts=False)) if floor else None
 
         bos = sparse.model.token_bos() if sparse.model.add_bos_token() else None
         cut = windows(sparse.tokenize(text), tokens, window, bos)
-        total = sum(map(len, cut))
+        dense_modes = MODES if floor else modes
+        passes = len(dense_modes) + len(modes) * (2 if other is not None else 1)
+        total = sum(map(len, cut)) * passes
         done = 0
+
+        def read(scorer: Scorer, part: list[int], mode: str) -> np.ndarray:
+            nonlocal done
+            logits = scorer.logits(part, mode)
+            done += len(part)
+            if progress is not None:
+                progress(done, total)
+            return logits
+
         comparisons = {mode: Comparison() for mode in modes}
         prefill_vs_decode = Divergence()
         if sparse.sparse is not None:
             sparse.sparse.reset_stats()
         for part in cut:
-            if progress is not None:
-                progress(done, total)
-            dense_logits = {mode: dense.logits(part, mode) for mode in (MODES if floor else modes)}
+            dense_logits = {mode: read(dense, part, mode) for mode in dense_modes}
             for mode, comparison in comparisons.items():
-                comparison.add(part, dense_logits[mode], sparse.logits(part, mode))
+                comparison.add(part, dense_logits[mode], read(sparse, part, mode))
                 if other is not None:
-                    comparison.stock_self.add(dense_logits[mode], other.logits(part, mode))
+                    comparison.stock_self.add(dense_logits[mode], read(other, part, mode))
             if floor:
                 prefill_vs_decode.add(dense_logits["prefill"], dense_logits["decode"])
-            done += len(part)
         stats = sparse.sparse.stats() if sparse.sparse is not None else {"density": None, "layers": []}
-        if progress is not None:
-            progress(done, total)
 
     per_mode = {mode: comparison.json() for mode, comparison in comparisons.items()}
     worst = max(modes, key=lambda mode: per_mode[mode]["mean_kl"])

@@ -72,7 +72,8 @@ def install(*, sparse_mode: str = "exact") -> None:
         if _installed is not None:
             _refuse_if_covered("change the options of")
         _installed = options
-        _put()
+        for dispatcher in _put():
+            dispatcher.permanent = True
 
 
 def uninstall() -> None:
@@ -87,6 +88,8 @@ def uninstall() -> None:
             return
         _refuse_if_covered("uninstall")
         _installed = None
+        for dispatcher in _put():
+            dispatcher.permanent = False
         if _scopes == 0:
             _remove()
 
@@ -106,7 +109,7 @@ def sparse_loading(options: loader.Options) -> Iterator[None]:
             _scoped.reset(token)
             with _lock:
                 _scopes -= 1
-                if _scopes == 0 and _installed is None:
+                if _scopes == 0:
                     _remove()
 
 
@@ -116,6 +119,7 @@ class _Dispatcher:
     def __init__(self, original: Callable[..., int | None]) -> None:
         functools.update_wrapper(self, original)
         self.original = original
+        self.permanent = False  # put there, or taken over, by install()
 
     def __call__(self, path_model: bytes, params: Any, /) -> int | None:
         scoped = _scoped.get()
@@ -140,26 +144,34 @@ class _Dispatcher:
         return SparseModelPointer.of(*loader.load(path, params, options))
 
 
-def _put() -> None:
-    """Put a dispatcher wherever the topmost function is not one of ours (call with `_lock` held)."""
+def _put() -> list[_Dispatcher]:
+    """Have a dispatcher on top of every place, and return those (call with `_lock` held)."""
+    on_top = []
     for place in _PLACES:
         current = getattr(place, _FUNCTION)
         if not isinstance(current, _Dispatcher):
-            setattr(place, _FUNCTION, _Dispatcher(current))
+            current = _Dispatcher(current)
+            setattr(place, _FUNCTION, current)
+        on_top.append(current)
+    return on_top
 
 
 def _remove() -> None:
-    """Put back what our dispatchers replaced; one that is covered by somebody else's patch stays, and passes
-    on."""
+    """Put back what dispatchers that nobody needs replaced (call with `_lock` held).
+
+    One that is covered by somebody else's patch stays, and passes everything on.
+    """
     for place in _PLACES:
         current = getattr(place, _FUNCTION)
-        if isinstance(current, _Dispatcher):
+        if isinstance(current, _Dispatcher) and not current.permanent:
             setattr(place, _FUNCTION, current.original)
 
 
 def _refuse_if_covered(verb: str) -> None:
+    """Raise PowerInferError unless what install() put is still on top."""
     for place in _PLACES:
-        if not isinstance(getattr(place, _FUNCTION), _Dispatcher):
+        current = getattr(place, _FUNCTION)
+        if not (isinstance(current, _Dispatcher) and current.permanent):
             raise PowerInferError(
                 f"cannot {verb} powerinfer_ext: {place.__name__}.{_FUNCTION} was replaced by somebody else "
                 "after powerinfer_ext.install(); undo that replacement first"

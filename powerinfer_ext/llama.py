@@ -35,6 +35,13 @@ class Llama(llama_cpp.Llama):
         self.sparse_mode = sparse_mode
         with sparse_loading(options):
             super().__init__(os.fspath(model_path), **kwargs)
+        if self.lora_path and not self._lora_adapter:  # a null pointer: llama-cpp-python takes it for success
+            self.close()
+            raise PowerInferError(
+                f"LoRA adapter {self.lora_path} cannot be applied to {model_path}: it is damaged, made for "
+                "another model, or adapts an FFN whose neurons the conversion reordered (convert without a "
+                "profile for LoRA)"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "sparse_mode": self.sparse_mode}

@@ -130,7 +130,10 @@ class SparseModel:
     def _counters(self, position: int, phase: int) -> dict[str, int]:
         stats = self._ffi.new("struct pi_layer_stats *")
         self._lib.pi_model_stats(self._handle, position, phase, stats)
-        return {key: getattr(stats, key) for key in ("calls", "rows", "neurons", "selected", "fired", "touched", "ns")}
+        return {
+            key: getattr(stats, key)
+            for key in ("calls", "rows", "neurons", "selected", "fired", "touched", "ns")
+        }
 
 
 def _summary(counts: dict[str, int]) -> dict[str, Any]:
@@ -145,7 +148,9 @@ def _summary(counts: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def load(path: str | os.PathLike[str], params: Any, options: Options | None = None) -> tuple[int, SparseModel]:
+def load(
+    path: str | os.PathLike[str], params: Any, options: Options | None = None
+) -> tuple[int, SparseModel]:
     """Load a sparse-GGUF with stock llama.cpp.
 
     Args:
@@ -168,7 +173,12 @@ def load(path: str | os.PathLike[str], params: Any, options: Options | None = No
         lib.pi_model_set_dense(model, options.mode == "dense")
         virtual = ffi.gc(
             lib.pi_vgguf_open(
-                sparse.file.fd, header, len(header), [tuple(extent) for extent in extents], len(extents), message,
+                sparse.file.fd,
+                header,
+                len(header),
+                [tuple(extent) for extent in extents],
+                len(extents),
+                message,
                 _ERROR_SIZE,
             ),
             lib.pi_vgguf_close,
@@ -189,13 +199,18 @@ def load(path: str | os.PathLike[str], params: Any, options: Options | None = No
         return pointer, SparseModel(name, layers, model)
 
 
-def _open_model(ffi: Any, lib: Any, sparse: SparseGGUF, layers: list[SparseLayer], message: Any, name: str) -> Any:
+def _open_model(
+    ffi: Any, lib: Any, sparse: SparseGGUF, layers: list[SparseLayer], message: Any, name: str
+) -> Any:
     """struct pi_model *, with all bundles read; garbage collected."""
     specs = ffi.new("struct pi_layer_spec[]", max(len(layers), 1))
     names = []  # keeps the strings alive until pi_model_open has copied them
     for spec, layer in zip(specs, layers, strict=False):
         spec.index = layer.index
-        for field, text in (("up_name", layer.up_name if sparse.gated else None), ("down_name", layer.down_name)):
+        for field, text in (
+            ("up_name", layer.up_name if sparse.gated else None),
+            ("down_name", layer.down_name),
+        ):
             if text is not None:
                 names.append(ffi.new("char[]", text.encode()))
                 setattr(spec, field, names[-1])
@@ -215,7 +230,9 @@ def _open_model(ffi: Any, lib: Any, sparse: SparseGGUF, layers: list[SparseLayer
     return ffi.gc(model, lib.pi_model_close)
 
 
-def _load_stream(ffi: Any, lib: Any, virtual: Any, model: Any, layers: list[SparseLayer], params: Any) -> int | None:
+def _load_stream(
+    ffi: Any, lib: Any, virtual: Any, model: Any, layers: list[SparseLayer], params: Any
+) -> int | None:
     """Have stock llama.cpp load the virtual file; None when it refuses. `params` is left as it was given."""
     ours = type(params).from_buffer_copy(params)
     ours.load_mode = bindings.LLAMA_LOAD_MODE_NONE  # a stream cannot be mapped

@@ -50,8 +50,8 @@ def describe_end(returncode: int, stderr: str, what: str = "llama-cpp-python") -
         number = -returncode
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         meaning = {
-            signal.SIGSEGV: "a segmentation fault: on a CPU with AMX, the mark of a build by a GCC that "
-            "miscompiles AMX tile configuration",
+            signal.SIGSEGV: "a segmentation fault; on a CPU with AMX this is how a build by a GCC that "
+            "miscompiles AMX tile configuration ends",
             signal.SIGILL: "an illegal instruction: it was built for another CPU than this one",
             signal.SIGABRT: "an assertion in native code failed",
             signal.SIGKILL: "killed from outside, usually for want of memory",

@@ -31,20 +31,27 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def open_model(path: str, *, ctx: int, threads: int | None, dense: bool = False, seed: int = 0) -> Llama:
-    """Open `path` for generation; `ctx` 0 means what the model was trained with, but at most 4096 tokens."""
+def open_model(
+    path: str, *, ctx: int, threads: int | None, dense: bool = False, seed: int | None = None
+) -> Llama:
+    """Open `path` for generation.
+
+    ctx: in tokens; 0: what the model was trained with, but at most 4096. seed: None for a new one each time.
+    """
     if ctx == 0:
         ctx = _trained_context(path)
     threads = threads or default_threads()
-    return Llama(
+    llama = Llama(
         path,
         sparse_mode="dense" if dense else "exact",
         n_ctx=ctx,
         n_threads=threads,
         n_threads_batch=threads,
-        seed=seed,
         verbose=False,
     )
+    if seed is not None:
+        llama.set_seed(seed)  # not an argument above: Llama takes 0 for "none given"
+    return llama
 
 
 def _trained_context(path: str, at_most: int = 4096) -> int:

@@ -1,0 +1,936 @@
+"""`powerinfer bench`: our engine and what a user would run instead, on the same model, tokens and machine.
+
+Every run is a process of its own (`engines`), runs are interleaved A B A B so that a machine that warms up
+or is disturbed does not favour one side, all engines decode the same given tokens, and the result carries
+what is needed to doubt it: every single run, spreads, what else the machine was doing, the limit of the
+hardware (`roofline`), the versions and the command. docs/BENCHMARKS.md describes the method and the JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gguf_tools.activations import NATIVE
+from gguf_tools.reader import GGUFFile
+from gguf_tools.sparse import SparseGGUF, is_sparse
+from powerinfer_ext import machine, memory_limit, roofline
+from powerinfer_ext.engines import (
+    BUILT_IN,
+    WARM_UP_DECODES,
+    Engine,
+    EngineFailure,
+    Job,
+    parse_engine,
+    run,
+    tokenize,
+)
+from powerinfer_ext.errors import PowerInferError
+
+FORMAT = "powerinfer.bench.v1"
+SPREAD_THRESHOLD = 0.10  # (max - min) / median of the paired ratios above which we say that we cannot tell
+OTHERS_THRESHOLD = 0.10  # share of the machine's CPU time that other processes may take during a run
+OVERHEAD = 256 << 20  # bytes that an interpreter, llama.cpp, a KV cache and compute buffers may need
+NORMAL_TOKEN = 1  # tokenizer.ggml.token_type
+
+NO_CACHE_NOTE = (
+    "cache_hit_rate is null: this engine keeps all neurons in memory, there is no cache that could be hit "
+    "or missed."
+)
+
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two files of a comparison. `sparse_from` and `stock_from` say where each came from."""
+
+    sparse: str
+    stock: str
+    sparse_from: str = "given"
+    stock_from: str = "given"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every run does: the job's tokens, `prompt` at once and `gen` one by one, `runs` times per
+    engine.
+    """
+
+    tokens: list[int] = field(repr=False)
+    tokens_from: str
+    prompt: int
+    gen: int
+    runs: int
+    threads: int
+    timeout: float
+
+
+@dataclass
+class Series:
+    """The runs of one engine in order; None where it gave no result. `failure` is set once and ends the
+    series.
+    """
+
+    engine: Engine
+    model: str
+    extra_bufts: bool
+    runs: list[dict[str, Any] | None] = field(default_factory=list)
+    others_cpu: list[float] = field(default_factory=list)
+    failure: dict[str, Any] | None = None
+
+    @property
+    def good(self) -> list[dict[str, Any]]:
+        return [run for run in self.runs if run is not None]
+
+
+def bench(
+    model: str,
+    *,
+    baseline: str | None = None,
+    engines: list[Engine] | None = None,
+    memory: list[str] | None = None,
+    prompt: int = 128,
+    gen: int = 64,
+    runs: int = 3,
+    threads: int | None = None,
+    text: str | None = None,
+    seed: int = 0,
+    timeout: float = 1800,
+    invocation: str = "powerinfer_ext.bench.bench()",
+    step: Step = lambda text: None,
+) -> dict[str, Any]:
+    """Compare our engine with stock llama-cpp-python (and `engines`, if any), and return the JSON of the
+    command.
+
+    Args:
+        model: a sparse-GGUF, or a stock GGUF (then it is converted, to a temporary file).
+        baseline: the stock GGUF; by default it is looked for beside the model, or exported from it.
+        engines: engines besides "sparse" and "stock".
+        memory: limits such as "50%" of the stock file or "4GiB", each measured; the first is at the top level
+            of the result, the others in `conditions`. None: no limit.
+        prompt, gen: tokens read at once, and one by one.
+        runs: how often each engine runs; the figures are medians.
+        text: text to take the tokens from; by default they are drawn at random with `seed`.
+        timeout: seconds after which a run is stopped.
+        invocation: the command line, for the record.
+        step: told what is being done.
+
+    Raises PowerInferError for files that cannot be compared and for limits that cannot be set,
+    FormatError, OSError. An engine that fails does not raise: its entry holds `error`, the others' are kept.
+    """
+    threads = threads or len(os.sched_getaffinity(0))
+    with contextlib.ExitStack() as stack:
+        pair = stack.enter_context(_files(model, baseline, step))
+        same = _check_same_model(pair, step)
+        step("Reading tokens")
+        tokens, tokens_from = _tokens(pair.stock, prompt + gen, text, seed)
+        work = Workload(tokens, tokens_from, prompt, gen, runs, threads, timeout)
+        size = os.path.getsize(pair.stock)
+        limits = [memory_limit.parse_limit(entry, size) for entry in (memory or ["none"])]
+        everyone = [
+            Engine("stock"),
+            Engine("sparse"),
+            *(e for e in engines or [] if e.name not in ("stock", "sparse")),
+        ]
+        step("Measuring how fast memory and disk are read")
+        speeds = _speeds(pair.stock)
+        about = _machine(pair.stock, threads)
+        results = [_condition(pair, everyone, work, limit, speeds, step) for limit in limits]
+        first, others = results[0], results[1:]
+        return {
+            "format": FORMAT,
+            "version": importlib.metadata.version("powerinfer-ext"),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "command": invocation,
+            "model": _describe(pair, same),
+            "workload": {
+                **{key: value for key, value in asdict(work).items() if key != "tokens"},
+                "tokens_sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
+                "warm_up": f"each process reads the prompt and decodes {min(WARM_UP_DECODES, gen)} tokens "
+                "before the measured pass; ttft_s is that first, unwarmed reading",
+                "order": "interleaved: every engine once, then every engine again",
+            },
+            **first,
+            "conditions": others,
+            "machine": {**about, "read_ahead_kb": first["memory_limit"]["read_ahead_kb"]},
+        }
+
+
+# ---- the files -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _files(model: str, baseline: str | None, step: Step) -> Iterator[Pair]:
+    """The sparse and the stock file; what is missing is made in a temporary folder beside the model."""
+    from gguf_tools.convert import convert
+    from gguf_tools.export import export
+
+    sparse = is_sparse(model)
+    if sparse and baseline is not None:
+        if is_sparse(baseline):
+            raise PowerInferError(
+                f"{baseline} is a sparse-GGUF: --baseline wants the stock GGUF to compare with"
+            )
+        yield Pair(model, baseline)
+        return
+    if not sparse and baseline is not None and not is_sparse(baseline):
+        raise PowerInferError(
+            f"{model} is a stock GGUF and so is the baseline: give the sparse-GGUF as MODEL (make it with: "
+            "powerinfer convert), or leave --baseline out"
+        )
+    if not sparse and baseline is not None:
+        raise PowerInferError(
+            f"MODEL and --baseline are swapped: {baseline} is the sparse-GGUF, so it is the MODEL"
+        )
+    beside = Path(model).resolve().parent
+    if sparse:
+        with SparseGGUF.open(model) as file:
+            source, size = beside / file.source_name, file.source_size
+        if source.is_file() and source.stat().st_size == size:
+            yield Pair(model, str(source), stock_from="found beside the model")
+            return
+    folder = beside if os.access(beside, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".powerinfer-bench-", dir=folder) as temporary:
+        if sparse:
+            step("Exporting the stock GGUF to compare with")
+            target = os.path.join(temporary, "stock.gguf")
+            report = export(model, target)
+            kind = "identical to the source" if report.identical else "with re-quantised tensors"
+            yield Pair(model, target, stock_from=f"exported from the sparse-GGUF, {kind}")
+        else:
+            step("Converting the model to sparse-GGUF")
+            target = os.path.join(temporary, "model.sparse.gguf")
+            convert(model, target)
+            yield Pair(target, model, sparse_from="converted from the stock GGUF")
+
+
+def _check_same_model(pair: Pair, step: Step) -> str:
+    """How we know that both files hold the same model. Raises PowerInferError when they do not: no
+    comparison then.
+    """
+    with SparseGGUF.open(pair.sparse) as sparse, GGUFFile.open(pair.stock) as stock:
+        problems = []
+        if stock.metadata.get("general.architecture") != sparse.architecture:
+            problems.append(
+                f"architecture {stock.metadata.get('general.architecture')} and {sparse.architecture}"
+            )
+        ours = {name: f.raw for name, f in sparse.file.fields.items() if name.startswith("tokenizer.")}
+        theirs = {name: f.raw for name, f in stock.fields.items() if name.startswith("tokenizer.")}
+        if ours != theirs:
+            problems.append("different tokenizers")
+        if set(stock.tensors) != set(sparse.source_tensors):
+            problems.append("different tensors")
+        if not problems and pair.stock_from.startswith("exported"):
+            return "the stock file was exported from the sparse one"
+        if not problems:
+            if stock.size != sparse.source_size:
+                problems.append(f"the stock file has {stock.size} bytes, the source had {sparse.source_size}")
+            else:
+                step("Checking that both files hold the same model")
+                with open(pair.stock, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if digest != sparse.source_sha256:
+                    problems.append("the stock file's SHA-256 is not that of the source")
+        if problems:
+            raise PowerInferError(
+                f"not comparable: {pair.sparse} was not made from {pair.stock} ({'; '.join(problems)}); "
+                "convert that file, or name the one it was made from with --baseline"
+            )
+    return "the stock file's SHA-256 is that of the source in the sparse one"
+
+
+def _describe(pair: Pair, same: str) -> dict[str, Any]:
+    with SparseGGUF.open(pair.sparse) as sparse:
+        native = NATIVE.get(sparse.architecture, (None, False))[0]
+        metadata = sparse.file.metadata
+        return {
+            "name": metadata.get("general.name"),
+            "architecture": sparse.architecture,
+            "activation": sparse.activation,
+            "stock_activation": native,
+            "layers": metadata.get(f"{sparse.architecture}.block_count"),
+            "n_embd": sparse.layers[0].n_embd,
+            "n_ff": sparse.layers[0].n_ff,
+            "n_expert": sparse.layers[0].n_expert,
+            "n_expert_used": metadata.get(f"{sparse.architecture}.expert_used_count"),
+            "sparse_file": Path(pair.sparse).name,
+            "sparse_bytes": os.path.getsize(pair.sparse),
+            "sparse_from": pair.sparse_from,
+            "stock_file": Path(pair.stock).name,
+            "stock_bytes": os.path.getsize(pair.stock),
+            "stock_from": pair.stock_from,
+            "same_model": same,
+            "source_sha256": sparse.source_sha256,
+        }
+
+
+def _tokens(path: str, count: int, text: str | None, seed: int) -> tuple[list[int], str]:
+    """`count` token ids of the vocabulary, and where they come from."""
+    if text is not None:
+        return tokenize(path, text, count), "the text given with --text"
+    with GGUFFile.open(path) as file:
+        types = file.metadata.get("tokenizer.ggml.token_type")
+        embedding = file.tensors.get("token_embd.weight")
+        n_vocab = (
+            embedding.shape[1] if embedding is not None and len(embedding.shape) > 1 else len(types or [])
+        )
+    normal = [i for i, kind in enumerate((types or [])[:n_vocab]) if kind == NORMAL_TOKEN] or list(
+        range(n_vocab)
+    )
+    drawn = np.random.default_rng(seed).choice(np.asarray(normal), count)
+    return [int(token) for token in drawn], f"drawn at random with seed {seed}"
+
+
+# ---- one condition: all engines under one memory limit -------------------------------------------
+
+
+def _condition(
+    pair: Pair, engines: list[Engine], work: Workload, limit: int | None, speeds: dict[str, Any], step: Step
+) -> dict[str, Any]:
+    """Measure every engine under `limit` bytes of memory (None: all there is)."""
+    # Repacked weights are copies that cannot be paged out: below the model's size stock would only be killed.
+    repack = limit is None or limit > 1.1 * os.path.getsize(pair.stock) + OVERHEAD
+    series = [
+        Series(engine, pair.sparse if engine.is_sparse else pair.stock, True if engine.is_sparse else repack)
+        for engine in engines
+    ]
+    for entry in series:
+        entry.failure = _does_not_fit(entry, limit)
+    load_before = os.getloadavg()
+    cached = _prepare_cache(pair, limit, step)
+    how = "none"
+    with contextlib.ExitStack() as stack:
+        kib = machine.read_ahead_kb(pair.stock)
+        if limit is not None:
+            kib = stack.enter_context(memory_limit.read_ahead(pair.stock))
+        for number in range(work.runs):
+            for entry in series:
+                if entry.failure is not None:
+                    continue
+                at = "" if limit is None else f" in {limit / 1e6:.0f} MB"
+                step(f"Run {number + 1} of {work.runs}: {entry.engine.name}{at}")
+                how = _one_run(entry, work, limit, cached)
+    named = {entry.engine.name: entry for entry in series}
+    touched = {name: _touched(entry) for name, entry in named.items() if entry.engine.template is None}
+    summaries = {name: _summary(entry, work) for name, entry in named.items()}
+    ratio = _ratio(named["stock"], named["sparse"])
+    ratio["engines"] = {
+        name: _ratio(entry, named["sparse"]) for name, entry in named.items() if name != "sparse"
+    }
+    return {
+        "memory_limit": {
+            "bytes": limit,
+            "share_of_model": None if limit is None else limit / os.path.getsize(pair.stock),
+            "how": how,
+            "page_cache": cached,
+            "read_ahead_kb": kib,
+        },
+        "baseline": summaries.pop("stock"),
+        "sparse": summaries.pop("sparse"),
+        "engines": summaries,
+        "ratio": ratio,
+        "roofline": _roofline(named, touched, speeds, limit),
+        "comparable": _comparable(pair, named, work),
+        "noise": _noise(named, ratio, load_before),
+    }
+
+
+def _does_not_fit(entry: Series, limit: int | None) -> dict[str, Any] | None:
+    """Why our engine cannot run in `limit` bytes (None: in what is free), as a failure; None when it can.
+
+    It keeps all weights in memory, so this is decided without trying. Stock can page mapped weights in and
+    out.
+    """
+    if not entry.engine.is_sparse:
+        return None
+    needs = roofline.resident_bytes(entry.model)
+    there = machine.available_memory() if limit is None else limit
+    if needs <= there:
+        return None
+    return {
+        "error": f"does not fit: it keeps all weights in memory, {needs / 1e6:.0f} MB, and the "
+        f"{'limit is' if limit else 'memory that is free is'} {there / 1e6:.0f} MB (neurons are not "
+        "streamed from disk yet)",
+        "output": "",
+        "fits": False,
+        "needs_bytes": needs,
+    }
+
+
+def _prepare_cache(pair: Pair, limit: int | None, step: Step) -> str:
+    """State of the page cache: "warm" (both files were read once), "dropped" (before every run), or "as it was"
+    for files too large to be kept there.
+    """
+    if limit is not None:
+        return "dropped"
+    both = os.path.getsize(pair.sparse) + os.path.getsize(pair.stock)
+    if both + 2 * max(os.path.getsize(pair.sparse), os.path.getsize(pair.stock)) > machine.available_memory():
+        return "as it was"
+    step("Reading both files into the page cache")
+    for path in (pair.stock, pair.sparse):
+        memory_limit.fill_cache(path)
+    return "warm"
+
+
+def _one_run(entry: Series, work: Workload, limit: int | None, cached: str) -> str:
+    """Run one engine once, appending to its series; returns how memory was limited."""
+    left = memory_limit.drop_cached(entry.model) if cached == "dropped" else None
+    job = Job(entry.model, work.prompt, work.gen, work.threads, work.tokens, entry.extra_bufts)
+    with memory_limit.limited(limit) as bounds:
+        before = _cpu_times()
+        try:
+            result = run(entry.engine, job, bounds, work.timeout)
+        except EngineFailure as failure:
+            entry.failure = {
+                "error": failure.reason,
+                "output": failure.output,
+                "fits": False if failure.out_of_memory else None,
+                "needs_bytes": None,
+            }
+            entry.runs.append(None)
+            return bounds.how
+    result["page_cache_before_bytes"] = left
+    result["page_cache_bytes"] = memory_limit.cached_bytes(entry.model)
+    entry.others_cpu.append(_others_share(before, _cpu_times(), result["cpu_s"]))
+    entry.runs.append(result)
+    return bounds.how
+
+
+def _cpu_times() -> tuple[float, float]:
+    """(busy, all) CPU seconds of the whole machine since it started, all cores together; stolen time is
+    busy.
+    """
+    ticks = [int(number) for number in machine.read_text("/proc/stat").split("\n", 1)[0].split()[1:9]]
+    user, nice, system, idle, iowait, irq, softirq, steal = (
+        tick / os.sysconf("SC_CLK_TCK") for tick in ticks
+    )
+    busy = user + nice + system + irq + softirq + steal
+    return busy, busy + idle + iowait
+
+
+def _others_share(before: tuple[float, float], after: tuple[float, float], own: float) -> float:
+    """Share of the machine's CPU time between two `_cpu_times` that was busy, but not with our child's
+    `own` seconds.
+    """
+    busy, everything = after[0] - before[0], after[1] - before[1]
+    return max(0.0, busy - own) / everything if everything > 0 else 0.0
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def _summary(entry: Series, work: Workload) -> dict[str, Any]:
+    """Medians over an engine's runs, and the runs; figures that the engine does not have are None."""
+    good = entry.good
+
+    def middle(key: str) -> float | None:
+        values = [run[key] for run in good if run.get(key) is not None]
+        return median(values) if values else None
+
+    def most(key: str) -> int | None:
+        return max((run[key] for run in good if run.get(key) is not None), default=None)
+
+    def per_token(key: str) -> float | None:
+        value = middle(key)
+        return None if value is None else value / work.gen
+
+    latencies = [run["latencies_ms"] for run in good if run.get("latencies_ms")]
+    built_in = entry.engine.template is None
+    summary: dict[str, Any] = {
+        "engine": entry.engine.name,
+        "what": BUILT_IN.get(entry.engine.name, entry.engine.template),
+        "file": Path(entry.model).name,
+        "settings": {"threads": work.threads, "extra_bufts": entry.extra_bufts if built_in else None},
+        "load_s": middle("load_s"),
+        "ttft_s": middle("ttft_s"),
+        "prefill_tps": middle("prefill_tps"),
+        "decode_tps": middle("decode_tps"),
+        "spread": {phase: spread([run[f"{phase}_tps"] for run in good if run.get(f"{phase}_tps")])
+                   for phase in ("prefill", "decode")},
+        "latency_ms": _percentiles(latencies),
+        "latency_over_tokens_ms": [median(column) for column in zip(*latencies, strict=True)],
+        "peak_bytes": most("peak_bytes"),
+        "peak_anonymous_bytes": most("peak_anonymous_bytes"),
+        "peak_file_bytes": most("peak_file_bytes"),
+        "page_cache_bytes": most("page_cache_bytes"),
+        "group_peak_bytes": most("group_peak_bytes"),
+        "bytes_read_per_token": per_token("decode_read_bytes"),
+        "load_read_bytes": middle("load_read_bytes"),
+        "major_faults_per_token": per_token("major_faults_decode"),
+        "runs": [_public(run) for run in good],
+        "error": None,
+        "output": None,
+        "fits": True if good else None,
+        "needs_bytes": None,
+        **(entry.failure or {}),
+    }  # fmt: skip
+    if entry.engine.is_sparse:
+        layers = _layers(good)
+        summary["density"] = sum(row["density"] for row in layers) / len(layers) if layers else None
+        summary["cache_hit_rate"] = None
+        summary["notes"] = [NO_CACHE_NOTE]
+        summary["layers"] = layers
+    return summary
+
+
+def spread(values: list[float]) -> float | None:
+    """(largest - smallest) / median; None for fewer than two values."""
+    return (max(values) - min(values)) / median(values) if len(values) > 1 else None
+
+
+def _percentiles(latencies: list[list[float]]) -> dict[str, float | None]:
+    """Over the tokens of all runs together."""
+    names = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
+    if not latencies:
+        return dict.fromkeys((*names, "mean"))
+    pooled = np.concatenate([np.asarray(row) for row in latencies])
+    return {
+        **{name: float(np.percentile(pooled, p)) for name, p in names.items()},
+        "mean": float(pooled.mean()),
+    }
+
+
+def _layers(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per FFN layer, of the last run's decode steps (the counts are the same in all): density, and share
+    read.
+    """
+    rows = []
+    for layer in runs[-1]["sparse"]["layers"] if runs else []:
+        decode = layer["decode"]
+        evaluated = decode["selected"] / decode["density"] if decode["density"] else 0
+        rows.append(
+            {
+                "layer": layer["layer"],
+                "neurons": layer["neurons"],
+                "density": decode["density"] or 0.0,
+                "computed": decode["touched"] / evaluated if evaluated else 0.0,
+                "prefill_and_decode_density": layer["density"],
+            }
+        )
+    return rows
+
+
+def _public(run: dict[str, Any]) -> dict[str, Any]:
+    """A run without what is elsewhere (counters per layer) or of no use to a reader (the likeliest
+    tokens).
+    """
+    return {key: value for key, value in run.items() if key not in ("sparse", "likeliest", "engine")}
+
+
+def _ratio(other: Series, ours: Series) -> dict[str, Any]:
+    """Our speed over another engine's: medians of the paired runs, and their spread."""
+    pairs = [(a, b) for a, b in zip(other.runs, ours.runs, strict=False) if a is not None and b is not None]
+    out: dict[str, Any] = {"decode": None, "prefill": None, "spread": None, "pairs": len(pairs)}
+    if not pairs:
+        failed = [
+            f"{entry.engine.name}: {entry.failure['error']}" for entry in (ours, other) if entry.failure
+        ]
+        return {**out, "reason": "; ".join(failed) or "there is no pair of runs"}
+    for phase in ("decode", "prefill"):
+        ratios = [b[f"{phase}_tps"] / a[f"{phase}_tps"] for a, b in pairs if a.get(f"{phase}_tps")]
+        if ratios:
+            out[phase] = median(ratios)
+            out[f"{phase}_runs"] = ratios
+            out["spread" if phase == "decode" else "prefill_spread"] = spread(ratios)
+    return out
+
+
+def _touched(entry: Series) -> roofline.TokenBytes:
+    """Weights that a token touches, with the shares of neurons that were computed in the runs."""
+    computed = (
+        {row["layer"]: row["computed"] for row in _layers(entry.good)} if entry.engine.is_sparse else None
+    )
+    return roofline.token_bytes(entry.model, computed)
+
+
+def _roofline(
+    named: dict[str, Series],
+    touched: dict[str, roofline.TokenBytes],
+    speeds: dict[str, Any],
+    limit: int | None,
+) -> dict[str, Any]:
+    """Bounds of the built-in engines; at the top those of ours (None where it did not run)."""
+    memory, disk = speeds["memory"], speeds["disk"]
+    engines = {}
+    for name, parts in touched.items():
+        good = named[name].good
+        if not good or memory is None:
+            continue
+        limits = roofline.bound(parts, memory, disk, limit)
+        measured = median(run["decode_tps"] for run in good)
+        engines[name] = {
+            **limits,
+            "attention_and_rest_bytes": parts.attention_and_rest,
+            "ffn_deciding_bytes": parts.ffn_deciding,
+            "ffn_neurons_bytes": parts.ffn_neurons,
+            "decode_tps": measured,
+            "fraction": measured / limits["bound_tps"],
+        }
+    ours = engines.get("sparse", {})
+    small = [
+        name for name, entry in engines.items() if entry["bytes_per_token"] < 4 * machine.last_level_cache()
+    ]
+    return {
+        "memory_gbps": None if memory is None else memory / 1e9,
+        "disk_gbps": None if disk is None else disk / 1e9,
+        "disk": speeds["disk_table"],
+        "bound_tps": ours.get("bound_tps"),
+        "fraction": ours.get("fraction"),
+        "last_level_cache_bytes": machine.last_level_cache(),
+        "engines": engines,
+        "notes": [
+            f"{name}: a token touches less than four times the last-level cache, so the cache serves part "
+            "of it and the "
+            "bound by memory bandwidth does not hold" for name in small
+        ],
+    }  # fmt: skip
+
+
+def _speeds(path: str) -> dict[str, Any]:
+    """Bandwidths in bytes per second (None where they cannot be measured), and the disk's table."""
+    try:
+        memory: float | None = roofline.memory_bandwidth()
+    except MemoryError:
+        memory = None
+    rows = roofline.disk_speeds(path)
+    return {
+        "memory": memory,
+        "disk": max((row.rate for row in rows), default=None),
+        "disk_table": [{"block": row.block, "depth": row.depth, "gbps": row.rate / 1e9} for row in rows],
+    }
+
+
+def _comparable(pair: Pair, named: dict[str, Series], work: Workload) -> dict[str, Any]:
+    """May the runs be compared? With reasons if not, and how far two engines agreed on the likeliest next
+    tokens.
+    """
+    reasons = []
+    stock, sparse = named["stock"].good, named["sparse"].good
+    if stock and sparse and stock[0]["n_vocab"] != sparse[0]["n_vocab"]:
+        reasons.append(f"vocabularies of {stock[0]['n_vocab']} and {sparse[0]['n_vocab']} tokens")
+    if any(run["plugin_loaded"] for run in stock):
+        reasons.append("the plugin was loaded in the process of stock")
+    for name, entry in named.items():
+        for result in entry.good:
+            wrong = _wrong_counts(result, work, exact=entry.engine.template is None)
+            if wrong:
+                reasons.append(f"{name}: {wrong}")
+                break
+    return {"ok": not reasons, "reasons": reasons, "top1_agreement": _agreement(pair, stock, sparse)}
+
+
+def _wrong_counts(result: dict[str, Any], work: Workload, exact: bool) -> str:
+    """A sentence when the token counts are not those asked for. llama.cpp takes its first token from the
+    prompt.
+    """
+    read, wrote = result.get("prefill_tokens"), result.get("decode_tokens")
+    if read is None or wrote is None:
+        return "it does not print how many tokens it read and wrote"
+    if read != work.prompt or wrote not in ((work.gen,) if exact else (work.gen, work.gen - 1)):
+        return f"it read {read} and wrote {wrote} tokens instead of {work.prompt} and {work.gen}"
+    return ""
+
+
+def _agreement(pair: Pair, stock: list[dict[str, Any]], sparse: list[dict[str, Any]]) -> float | None:
+    """Share of decode steps in which both find the same token likeliest; None where stock computes
+    something else.
+    """
+    if not stock or not sparse:
+        return None
+    with SparseGGUF.open(pair.sparse) as file:
+        if NATIVE.get(file.architecture, (None,))[0] != file.activation:
+            return None
+    pairs = list(zip(stock[0]["likeliest"], sparse[0]["likeliest"], strict=True))
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
+def _noise(
+    named: dict[str, Series], ratio: dict[str, Any], load_before: tuple[float, float, float]
+) -> dict[str, Any]:
+    """Was the machine quiet enough to tell?"""
+    reasons = []
+    others = {name: max(entry.others_cpu) for name, entry in named.items() if entry.others_cpu}
+    worst = max(others.values(), default=0.0)
+    if worst > OTHERS_THRESHOLD:
+        reasons.append(f"other processes took up to {worst:.0%} of the CPU time during a run")
+    if ratio["spread"] is not None and ratio["spread"] > SPREAD_THRESHOLD:
+        reasons.append(f"the ratio of decode speeds varied by {ratio['spread']:.0%} from pair to pair")
+    elif ratio["decode"] is not None and ratio["spread"] is None:
+        reasons.append("a single pair of runs has no spread")
+    return {
+        "quiet": not reasons,
+        "reasons": reasons,
+        "spread_threshold": SPREAD_THRESHOLD,
+        "others_cpu_threshold": OTHERS_THRESHOLD,
+        "others_cpu_share": others,
+        "load_average_before": list(load_before),
+    }
+
+
+def _machine(path: str, threads: int) -> dict[str, Any]:
+    name, flags = machine.parse_cpuinfo(machine.read_text("/proc/cpuinfo"))
+    wanted = ("avx", "fma", "f16c", "amx", "asimd", "sve", "sse4", "ssse3", "bmi2", "i8mm", "gfni")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": name,
+        "cpu_features": sorted(flag for flag in flags if flag.startswith(wanted)),
+        "cores": os.cpu_count(),
+        "cores_allowed": len(os.sched_getaffinity(0)),
+        "threads": threads,
+        "last_level_cache_bytes": machine.last_level_cache(),
+        "memory_bytes": total,
+        "read_ahead_kb_before": machine.read_ahead_kb(path),
+        "kernel": platform.release(),
+        "versions": {
+            "python": platform.python_version(),
+            **{package: _version(package) for package in ("powerinfer-ext", "llama-cpp-python", "numpy")},
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# ---- showing it ----------------------------------------------------------------------------------
+
+
+def render(result: dict[str, Any], console: Console) -> None:
+    """Print what `bench` returned: a table and a few sentences for every memory limit."""
+    model, work, about = result["model"], result["workload"], result["machine"]
+    console.print(
+        f"{model['name']}: {model['architecture']}, {model['activation']}, {model['layers']} layers, "
+        f"{model['stock_bytes'] / 1e6:.0f} MB; {work['prompt']} tokens read, {work['gen']} decoded, "
+        f"{work['runs']} runs each, {work['threads']} threads on {about['cpu']}",
+        markup=False,
+    )
+    for condition in (result, *result["conditions"]):
+        console.print(_table(condition))
+        for line in sentences(condition):
+            console.print(line, markup=False)
+
+
+def _table(condition: dict[str, Any]) -> Table:
+    """One column per engine: it stays readable in a narrow terminal."""
+    engines = rows(condition)
+    table = Table("", *engines, title=f"Memory: {memory_words(condition)}", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def add(what: str, cell: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(what, *(cell(entry) for entry in engines.values()))
+
+    add("decode, tokens/s", lambda e: _shown(e["decode_tps"], "{:.2f}"))
+    add("  spread of runs", lambda e: _shown(e["spread"]["decode"], "{:.1%}"))
+    add("prefill, tokens/s", lambda e: _shown(e["prefill_tps"], "{:.1f}"))
+    add("first token, s", lambda e: _shown(e["ttft_s"], "{:.2f}"))
+    add("load, s", lambda e: _shown(e["load_s"], "{:.2f}"))
+    add("ms/token, median", lambda e: _shown(e["latency_ms"]["p50"], "{:.1f}"))
+    add("  99th percentile", lambda e: _shown(e["latency_ms"]["p99"], "{:.1f}"))
+    add("peak resident, MB", lambda e: _shown(e["peak_bytes"], "{:.0f}", 1e-6))
+    if condition["memory_limit"]["bytes"] is not None:
+        add("peak with page cache, MB", lambda e: _shown(e["group_peak_bytes"], "{:.0f}", 1e-6))
+    add("from disk, MB/token", lambda e: _shown(e["bytes_read_per_token"], "{:.1f}", 1e-6))
+    return table
+
+
+def rows(condition: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """All engines of a condition by name: stock, ours, then the others."""
+    return {"stock": condition["baseline"], "sparse": condition["sparse"], **condition["engines"]}
+
+
+def memory_words(condition: dict[str, Any]) -> str:
+    """A memory limit in words."""
+    limit = condition["memory_limit"]
+    if limit["bytes"] is None:
+        return "no limit"
+    return (
+        f"{limit['bytes'] / 1e6:.0f} MB, {limit['share_of_model']:.0%} of the model ({limit['how']}, "
+        f"read-ahead {limit['read_ahead_kb']} KiB)"
+    )
+
+
+def sentences(condition: dict[str, Any]) -> list[str]:
+    """The outcome of a condition in words: failures, the ratio, the limit of the hardware, and what to
+    doubt.
+    """
+    lines = [f"{name}: {entry['error']}" for name, entry in rows(condition).items() if entry["error"]]
+    for name, entry in rows(condition).items():
+        if entry["error"] and entry.get("output"):
+            lines.append(f"{name}'s last output: {entry['output'].splitlines()[-1]}")
+    ratio, roof = condition["ratio"], condition["roofline"]
+    if ratio["decode"] is not None:
+        between = "" if ratio["spread"] is None else f" (spread {ratio['spread']:.1%})"
+        prefill = _shown(ratio["prefill"], "{:.2f}x")
+        lines.append(
+            f"powerinfer-ext against stock: decode {ratio['decode']:.2f}x{between}, prefill {prefill}."
+        )
+    density = condition["sparse"]["density"]
+    if density is not None:
+        lines.append(f"Computed {density:.1%} of the neurons (the routed experts' in a mixture).")
+    for name, entry in roof["engines"].items():
+        lines.append(
+            f"{name}: a token touches {entry['bytes_per_token'] / 1e6:.1f} MB of weights; at "
+            f"{roof['memory_gbps']:.1f} GB/s from memory"
+            + (
+                f" and {entry['disk_bytes_per_token'] / 1e6:.1f} MB of it from disk at "
+                f"{roof['disk_gbps']:.2f} GB/s"
+                if entry["disk_bytes_per_token"] and roof["disk_gbps"]
+                else ""
+            )
+            + f" the limit is {entry['bound_tps']:.1f} tokens/s, of which {entry['fraction']:.0%} is reached."
+        )
+    lines += [f"{note}." for note in roof["notes"]]
+    comparable = condition["comparable"]
+    if comparable["top1_agreement"] is not None:
+        lines.append(
+            f"Both found the same next token likeliest in {comparable['top1_agreement']:.1%} of the steps."
+        )
+    lines += [f"NOT COMPARABLE: {reason}." for reason in comparable["reasons"]]
+    lines += [f"TOO NOISY TO TELL: {reason}." for reason in condition["noise"]["reasons"]]
+    return lines
+
+
+def _shown(value: float | None, pattern: str, factor: float = 1.0) -> str:
+    return "-" if value is None else pattern.format(value * factor)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+EXAMPLES = (
+    "powerinfer bench model.sparse.gguf",
+    "powerinfer bench model.sparse.gguf --baseline model.gguf --memory none --memory 50% --report report",
+    'powerinfer bench m.sparse.gguf --engine "other=llama-bench -m {model} -p {prompt} -n {gen}"',
+)
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A sparse-GGUF; a stock GGUF is converted first.")
+    ],
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="GGUF",
+            help="The stock GGUF that MODEL was made from.",
+            show_default="looked for beside MODEL, else exported from it",
+        ),
+    ] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=COMMAND",
+            help="Another engine, besides [bold]sparse[/bold] (ours) and [bold]stock[/bold]: a command with "
+            "{model}, {prompt}, {gen} and {threads} in it that prints llama.cpp's timing lines or "
+            "llama-bench's table; or [bold]dense[/bold], ours computing all neurons. Can be repeated.",
+        ),
+    ] = None,
+    memory: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LIMIT",
+            help="Run with this much memory, page cache included: 50% of the model's file, 4GiB, or none. "
+            "Can be repeated; the first is at the top level of the JSON.",
+        ),
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 128,
+    gen: Annotated[int, typer.Option(min=1, help="Tokens decoded one by one.")] = 64,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each engine; figures are medians.")] = 3,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads.", show_default="as many as there are CPUs to use")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Take the tokens from this text.", show_default="random tokens")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a run is stopped.")] = 1800,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write a page with plots and the JSON here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")] = False,
+) -> None:
+    """Measure our engine against stock llama-cpp-python, with the limit of the hardware beside it.
+
+    Each engine runs in processes of its own, in turns, and decodes the same given tokens. Exit code 1 when
+    an engine of ours or stock gave no result for another reason than memory.
+    """
+    try:
+        engines = [parse_engine(entry) for entry in engine or []]
+        for entry in memory or []:
+            memory_limit.parse_limit(entry, 1 << 50)  # spelling now, size when the file is known
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if len({entry.name for entry in engines}) < len(engines):
+        raise typer.BadParameter("two engines have the same name; give each --engine its own")
+    if report is not None:
+        from powerinfer_ext import report as page  # says now, not in ten minutes, that matplotlib is missing
+
+        page.check_folder(report)
+    with Console(stderr=True).status("") as status:
+        result = bench(
+            _named(model),
+            baseline=os.fspath(baseline) if baseline else None,
+            engines=engines,
+            memory=memory,
+            prompt=prompt,
+            gen=gen,
+            runs=runs,
+            threads=threads,
+            text=text.read_text(encoding="utf-8") if text else None,
+            seed=seed,
+            timeout=timeout,
+            invocation=shlex.join(["powerinfer", *sys.argv[1:]]),
+            step=lambda what: status.update(f"{what} ..."),
+        )
+        if report is not None:
+            status.update("Drawing the report ...")
+            page.write(result, report)
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        console = Console(highlight=False)
+        render(result, console)
+        if report is not None:
+            console.print(f"Report: {report / 'index.html'}", markup=False, soft_wrap=True)
+    crashed = [
+        entry
+        for condition in (result, *result["conditions"])
+        for entry in (condition["baseline"], condition["sparse"])
+        if entry["error"] and entry["fits"] is not False
+    ]
+    if crashed:
+        raise typer.Exit(1)
+
+
+def _named(model: str) -> str:
+    """The path of a model given as a path or as the name of a bundled one."""
+    from powerinfer_ext.models import find
+
+    if os.path.exists(model) or "/" in model or model.endswith(".gguf"):
+        return model
+    try:
+        return str(find(model).path)
+    except ValueError as error:
+        raise PowerInferError(f"{model}: there is no such file, and {error}") from None

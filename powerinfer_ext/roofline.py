@@ -1,0 +1,191 @@
+"""The limit that the hardware sets on decoding: the bytes a token has to touch over the measured bandwidths.
+
+Decoding one token reads every weight it uses once, and does little with each; so no engine can be faster than
+memory bandwidth / bytes touched. Where memory is limited to less than those bytes, the rest has to come
+from disk for every token, at best while the other part is being computed: then the slower of the two is
+the limit (roofline model: Williams, Waterman and Patterson, 2009).
+
+Counted are weights only. The KV cache and the activations of a short context are below a percent of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gguf_tools.reader import GGUFFile, TensorInfo
+from gguf_tools.sparse import SparseGGUF
+from powerinfer_ext import machine
+
+_BLOCKS = (64 << 10, 256 << 10, 1 << 20)
+_DEPTHS = (1, 16)
+# Looked up by row or not at all: one row of them is nothing.
+_LOOKED_UP = (
+    "token_embd.weight",
+    "position_embd.weight",
+    "token_types.weight",
+    "per_layer_token_embd.weight",
+)
+_EXTENSION_PARTS = (".ffn_bundle", ".ffn_order", ".ffn_freq", ".ffn_pred", ".ffn_thresh")
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """Bytes of weights that decoding one token touches, by what they are; `stored` is all weights of the
+    file.
+    """
+
+    attention_and_rest: int
+    ffn_deciding: int  # gate, or up where the FFN has no gate; 0 for a stock file
+    ffn_neurons: int  # bundles of the neurons computed; for a stock file all matrices of its FFNs
+    stored: int
+
+    @property
+    def total(self) -> int:
+        return self.attention_and_rest + self.ffn_deciding + self.ffn_neurons
+
+
+def token_bytes(path: str, computed: Mapping[int, float] | None = None) -> TokenBytes:
+    """What one token touches in the GGUF or sparse-GGUF at `path`.
+
+    computed: layer -> share of its (routed) neurons whose bundles are read; needed for a sparse-GGUF,
+    where a layer left out counts in full.
+    """
+    with GGUFFile.open(path) as file:
+        routed = _routed_share(file)
+        tied = "output.weight" not in file.tensors  # then the head reads the whole embedding matrix
+        rest = ffn = 0
+        sparse = SparseGGUF(file) if "powerinfer.version" in file.fields else None
+        deciding_names = {layer.decider.name for layer in sparse.layers} if sparse else set()
+        deciding = 0
+        for tensor in file.tensors.values():
+            share = routed if "_exps." in tensor.name else 1.0
+            if tensor.name in _LOOKED_UP and not (tied and tensor.name == "token_embd.weight"):
+                continue
+            if any(part in tensor.name for part in _EXTENSION_PARTS):
+                continue
+            if tensor.name in deciding_names:
+                deciding += round(tensor.nbytes * share)
+            elif sparse is None and _is_ffn_matrix(tensor):
+                ffn += round(tensor.nbytes * share)
+            else:
+                rest += round(tensor.nbytes * share)
+        for layer in sparse.layers if sparse else []:
+            share = (computed or {}).get(layer.index, 1.0) * (routed if layer.n_expert else 1.0)
+            ffn += round(layer.bundle.nbytes * share)
+        stored = sum(tensor.nbytes for tensor in file.tensors.values())
+        return TokenBytes(rest, deciding, ffn, stored)
+
+
+def _routed_share(file: GGUFFile) -> float:
+    """Experts used per token over experts there are; 1.0 for a dense model."""
+    architecture = file.metadata.get("general.architecture")
+    experts = file.metadata.get(f"{architecture}.expert_count")
+    used = file.metadata.get(f"{architecture}.expert_used_count")
+    return min(1.0, used / experts) if experts and used else 1.0
+
+
+def _is_ffn_matrix(tensor: TensorInfo) -> bool:
+    name = tensor.name
+    return len(tensor.shape) > 1 and any(
+        f".ffn_{part}" in name for part in ("up", "down", "gate.", "gate_exps")
+    )
+
+
+def resident_bytes(path: str) -> int:
+    """Bytes that powerinfer-ext holds in memory for the sparse-GGUF at `path`, at the least: all of its
+    weights.
+
+    Nothing is streamed from disk yet, so a limit below this is one that the model cannot run in.
+    """
+    with GGUFFile.open(path) as file:
+        return sum(tensor.nbytes for tensor in file.tensors.values() if ".ffn_order" not in tensor.name)
+
+
+# ---- the machine ---------------------------------------------------------------------------------
+
+
+def memory_bandwidth(seconds: float = 1.5) -> float:
+    """Bytes per second that all allowed cores together read from memory, the best of two ways to read.
+
+    One is numpy's maximum (vector loads), the other libc's memchr for a byte that is not there (both
+    without the GIL); which is faster depends on the CPU. Raises MemoryError when there is no room for the
+    buffer.
+    """
+    return max(machine.memory_bandwidth(seconds / 2), _memchr_bandwidth(seconds / 2))
+
+
+def _memchr_bandwidth(seconds: float) -> float:
+    size = max(256 * machine.MIB, 4 * machine.last_level_cache())
+    if size > machine.available_memory() // 2:
+        raise MemoryError(f"{size // machine.MIB} MiB for the measurement are not free")
+    libc = ctypes.CDLL(None)
+    libc.memchr.restype = ctypes.c_void_p
+    libc.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    threads = len(os.sched_getaffinity(0))
+    buffer = np.ones(size, np.uint8)  # ones: the pages of zeros could all be the same one
+    parts = np.array_split(buffer, threads)
+    best, deadline = 0.0, time.perf_counter() + seconds
+    with ThreadPoolExecutor(threads) as pool:
+        while True:
+            start = time.perf_counter()
+            list(pool.map(lambda part: libc.memchr(part.ctypes.data, 2, part.nbytes), parts))
+            end = time.perf_counter()
+            best = max(best, size / (end - start))
+            if end > deadline:
+                return best
+
+
+def disk_speeds(path: str, seconds: float = 0.4) -> list[machine.DiskSpeed]:
+    """Random O_DIRECT reads of the file itself in blocks of 64 KiB to 1 MiB, 1 and 16 in flight; [] where
+    impossible.
+
+    `seconds` for each of the six. Blocks larger than the file are left out.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return []
+    try:
+        size = os.fstat(fd).st_size
+        return [
+            machine.DiskSpeed(block, depth, machine._random_reads(fd, size, block, depth, seconds))
+            for block in _BLOCKS
+            if block <= size
+            for depth in _DEPTHS
+        ]
+    except OSError:
+        return []
+    finally:
+        os.close(fd)
+
+
+# ---- the bound -----------------------------------------------------------------------------------
+
+
+def bound(touched: TokenBytes, memory: float, disk: float | None, limit: int | None) -> dict[str, Any]:
+    """Most tokens per second that decoding can reach.
+
+    memory, disk: bandwidths in bytes per second (disk None where it was not measured). limit: bytes of
+    memory, None when there is enough. From disk comes, at the least, what a token touches beyond the
+    limit: a perfect cache that uses all of the limit for weights. So this is an upper bound for any
+    engine, with any caching policy.
+
+    Returns `bytes_per_token`, `disk_bytes_per_token`, `bound_tps` and `bound_by` ("memory" or "disk").
+    """
+    from_disk = max(0, touched.total - limit) if limit is not None else 0
+    memory_tps = memory / touched.total
+    disk_tps = disk / from_disk if from_disk and disk else float("inf")
+    return {
+        "bytes_per_token": touched.total,
+        "disk_bytes_per_token": from_disk,
+        "bound_tps": min(memory_tps, disk_tps),
+        "bound_by": "disk" if disk_tps < memory_tps else "memory",
+    }

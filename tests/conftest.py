@@ -1,0 +1,38 @@
+"""pytest configuration: the marker ``long`` and the dependency's sources."""
+
+import os
+from pathlib import Path
+
+# Before numpy is imported: a second BLAS thread spins, and the tests' own matrices are tiny.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import llama_cpp  # noqa: E402
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-long", action="store_true", help="also run the tests marked 'long' (minutes)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--run-long"):
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_sources() -> Path:
+    """The unpacked source distribution of the installed llama-cpp-python: headers and its own tests.
+
+    `make sources` puts it into .cache/; POWERINFER_LLAMA_CPP_SDIST names another place.
+    """
+    default = ROOT / ".cache" / f"llama_cpp_python-{llama_cpp.__version__}"
+    path = Path(os.environ.get("POWERINFER_LLAMA_CPP_SDIST", default))
+    if not (path / "vendor" / "llama.cpp" / "ggml" / "include" / "ggml.h").exists():
+        pytest.fail(f"the sources of llama-cpp-python are not in {path}: run 'make sources'")
+    return path
