@@ -54,7 +54,7 @@ static int buffer_init_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *
         /* An adapter knows neurons by their original number. Where they were reordered it would hit others. */
         const struct pi_layer *layer = lora_layer(c->model, t->name);
         t->extra = NULL;
-        return layer != NULL && layer->spec.permuted ? ABI_STATUS_FAILED : ABI_STATUS_SUCCESS;
+        return layer != NULL && layer->order != NULL ? ABI_STATUS_FAILED : ABI_STATUS_SUCCESS;
     }
     struct pi_weight *w = pi_model_find(c->model, t->name);
     t->extra = w;

@@ -18,13 +18,24 @@ enum {
 struct block {
     struct ffn_row *rows;
     int n_rows;
-    int acc_row; /* index of the first row in the accumulators */
+    int acc_row; /* index of the first row in the accumulators and in work.rounded */
     int32_t *list; /* [n_ff] */
     int32_t *found; /* [n_threads] */
 };
 
 struct tally {
     uint64_t selected, fired, touched;
+};
+
+/* Scratch memory of one set of blocks, shared by the threads. */
+struct work {
+    int n_rows;         /* rows of accumulators per thread */
+    float *acc;         /* [threads][n_rows][n_embd] */
+    float *tmp;         /* [threads][n_embd] one dequantised column */
+    float *rounded;     /* [n_rows][n_ff] activations as stock would round them, in the source's order */
+    uint8_t *packed;    /* [threads][packed_size] one row of activations on its way through the rounding type */
+    size_t packed_size;
+    int round_type;     /* what stock's dot product with down takes; ABI_TYPE_F32: no rounding */
 };
 
 void *ffn_scratch_reserve(struct ffn_scratch *scratch, size_t size) {
@@ -66,8 +77,18 @@ static int by_expert(const void *a, const void *b) {
     return x->out < y->out ? -1 : x->out > y->out; /* a fixed order: qsort is not stable */
 }
 
+/* When only down is computed: its input decides, so what is selected has fired. */
+static void count_nonzero(const struct block *block, int32_t begin, int32_t end, struct tally *tally) {
+    for (int r = 0; r < block->n_rows; r++) {
+        uint64_t n = 0;
+        for (int32_t j = begin; j < end; j++) n += block->rows[r].g[j] != 0.0f;
+        tally->selected += n;
+        tally->fired += n;
+    }
+}
+
 /* Lists the neurons of [begin, end) that some row of the block wants, and settles the activations that are zero.
- * In h, g's positive values are kept as they are: compute_neuron() replaces them, also when h is g. */
+ * In h, g's positive values are kept as they are: compute_up() replaces them, also when h is g. */
 static int32_t scan(const struct block *block, int32_t begin, int32_t end, bool all, int32_t *list) {
     int32_t n = 0;
     for (int32_t tile = begin; tile < end; tile += TILE) {
@@ -95,75 +116,138 @@ static int32_t scan(const struct block *block, int32_t begin, int32_t end, bool 
     return n;
 }
 
-/* Adds neuron j's contribution to the accumulators of all rows of the block that want it. */
-static void compute_neuron(const struct pi_layer *layer, const struct block *block, int32_t j, bool all, float *acc,
-                           float *tmp, const struct ggml_type_traits_cpu *up, struct tally *tally) {
-    const struct pi_layer_spec *spec = &layer->spec;
-    const int64_t n = spec->n_embd;
-    const uint8_t *bundle = layer->data + ((int64_t)block->rows[0].expert * spec->n_ff + j) * spec->stride;
-    bool expanded = false;
-    for (int r = 0; r < block->n_rows; r++) {
-        const struct ffn_row *row = &block->rows[r];
-        float h = row->g[j];
-        if (row->h != NULL) {
-            if (!all && !(h > 0.0f)) continue;
-            tally->selected += h > 0.0f;
-            float u;
-            up->vec_dot((int)n, &u, 0, bundle + spec->up_offset, 0, row->xq, 0, 1);
-            h = activate(layer->model->activation, h, u);
-            row->h[j] = h;
-        } else {
-            tally->selected += h != 0.0f;
-        }
-        tally->fired += h != 0.0f;
-        if (h == 0.0f && !all) continue;
-        float *y = acc + (int64_t)(block->acc_row + r) * n;
-        if (block->n_rows == 1) {
-            kernel_axpy(spec->down_type, n, h, bundle + spec->down_offset, y, tmp);
-        } else {
-            if (!expanded) kernel_dequantize(spec->down_type, n, bundle + spec->down_offset, tmp);
-            expanded = true;
-            kernel_axpy_f32(n, h, tmp, y);
-        }
-    }
-    tally->touched++;
+static uint8_t *bundle_of(const struct pi_layer *layer, const struct block *block, int32_t j) {
+    return layer->data + ((int64_t)block->rows[0].expert * layer->spec.n_ff + j) * layer->spec.stride;
 }
 
-/* One thread's part of a set of blocks; called by all threads of a team. */
-static void run_blocks(const struct pi_layer *layer, const struct block *blocks, int n_blocks, int n_acc_rows,
-                       bool all, int thread, int n_threads, float *accs, float *tmps, struct tally *tally) {
-    const int64_t n_embd = layer->spec.n_embd, n_ff = layer->spec.n_ff;
-    const size_t acc_size = (size_t)n_acc_rows * (size_t)n_embd;
-    float *acc = accs + (size_t)thread * acc_size;
-    float *tmp = tmps + (size_t)thread * (size_t)n_embd;
-    const struct ggml_type_traits_cpu *up =
-        layer->spec.up_name == NULL ? NULL : ggml.ggml_get_type_traits_cpu(layer->spec.up_type);
+/* Where neuron j's rounded activation stands in a row of work.rounded. */
+static int32_t source_index(const struct pi_layer *layer, const struct block *block, int32_t j) {
+    return layer->order == NULL ? j : layer->order[(int64_t)block->rows[0].expert * layer->spec.n_ff + j];
+}
 
-    memset(acc, 0, acc_size * sizeof(float));
-    const int32_t begin = (int32_t)(n_ff * thread / n_threads), end = (int32_t)(n_ff * (thread + 1) / n_threads);
-    for (int b = 0; b < n_blocks; b++) {
-        blocks[b].found[thread] = scan(&blocks[b], begin, end, all, blocks[b].list + begin);
+/* The activation of neuron j for all rows of the block that want it. */
+static void compute_up(const struct pi_layer *layer, const struct block *block, int32_t j, bool all,
+                       const struct ggml_type_traits_cpu *up, struct tally *tally) {
+    const uint8_t *row = bundle_of(layer, block, j) + layer->spec.up_offset;
+    for (int r = 0; r < block->n_rows; r++) {
+        const float g = block->rows[r].g[j];
+        if (!all && !(g > 0.0f)) continue;
+        float u;
+        up->vec_dot((int)layer->spec.n_embd, &u, 0, row, 0, block->rows[r].xq, 0, 1);
+        const float h = activate(layer->model->activation, g, u);
+        block->rows[r].h[j] = h;
+        tally->selected += g > 0.0f;
+        tally->fired += h != 0.0f;
     }
-#pragma omp barrier
-    int64_t chunk = 0; /* counted through all blocks, so that threads share the last chunks evenly too */
+}
+
+/* Adds neuron j's column, times its activation, to the accumulators of the block's rows. */
+static void compute_down(const struct pi_layer *layer, const struct block *block, int32_t j, bool all,
+                         const struct work *w, float *acc, float *tmp) {
+    const struct pi_layer_spec *spec = &layer->spec;
+    const uint8_t *column = bundle_of(layer, block, j) + spec->down_offset;
+    const float *h = w->rounded + (int64_t)block->acc_row * spec->n_ff + source_index(layer, block, j);
+    float *y = acc + (int64_t)block->acc_row * spec->n_embd;
+    if (block->n_rows == 1) {
+        if (*h != 0.0f || all) kernel_axpy(spec->down_type, spec->n_embd, *h, column, y, tmp);
+        return;
+    }
+    bool expanded = false;
+    for (int r = 0; r < block->n_rows; r++, h += spec->n_ff, y += spec->n_embd) {
+        if (*h == 0.0f && !all) continue;
+        if (!expanded) kernel_dequantize(spec->down_type, spec->n_embd, column, tmp);
+        expanded = true;
+        kernel_axpy_f32(spec->n_embd, *h, tmp, y);
+    }
+}
+
+/* Copies the thread's share of the block's activations to work.rounded, where they get the source's order. */
+static void gather_activations(const struct pi_layer *layer, const struct block *block, const struct work *w,
+                               int32_t begin, int32_t end) {
+    for (int r = 0; r < block->n_rows; r++) {
+        const float *h = block->rows[r].h != NULL ? block->rows[r].h : block->rows[r].g;
+        float *to = w->rounded + (int64_t)(block->acc_row + r) * layer->spec.n_ff;
+        if (layer->order == NULL) {
+            memcpy(to + begin, h + begin, (size_t)(end - begin) * sizeof(float));
+        } else {
+            for (int32_t j = begin; j < end; j++) to[source_index(layer, block, j)] = h[j];
+        }
+    }
+}
+
+/* Rounds the thread's share of work.rounded in place, in whole blocks of the rounding type. */
+static void round_activations(const struct pi_layer *layer, const struct work *w, int n_rows, int thread,
+                              int n_threads) {
+    const int64_t unit = ggml.ggml_get_type_traits(w->round_type)->blck_size;
+    const int64_t units = layer->spec.n_ff / unit;
+    const int64_t begin = units * thread / n_threads * unit, n = units * (thread + 1) / n_threads * unit - begin;
+    uint8_t *packed = w->packed + (size_t)thread * w->packed_size;
+    for (int r = 0; r < n_rows && n > 0; r++) {
+        float *values = w->rounded + r * layer->spec.n_ff + begin;
+        ggml.ggml_get_type_traits_cpu(w->round_type)->from_float(values, packed, n);
+        kernel_dequantize(w->round_type, n, packed, values);
+    }
+}
+
+enum pass { PASS_UP, PASS_DOWN };
+
+/* Runs one pass over the thread's chunks of all lists. Chunks are counted through all blocks, so that threads share
+ * the last ones evenly too. */
+static void run_pass(enum pass pass, const struct pi_layer *layer, const struct block *blocks, int n_blocks, bool all,
+                     int thread, int n_threads, const struct work *w, struct tally *tally) {
+    const int64_t n_embd = layer->spec.n_embd, n_ff = layer->spec.n_ff;
+    float *acc = w->acc + (int64_t)thread * w->n_rows * n_embd, *tmp = w->tmp + thread * n_embd;
+    const struct ggml_type_traits_cpu *up = pass == PASS_UP ? ggml.ggml_get_type_traits_cpu(layer->spec.up_type) : NULL;
+    int64_t chunk = 0;
     for (int b = 0; b < n_blocks; b++) {
         for (int t = 0; t < n_threads; t++) {
             const int32_t *list = blocks[b].list + n_ff * t / n_threads;
             for (int32_t k = 0; k < blocks[b].found[t]; k += CHUNK, chunk++) {
                 if (chunk % n_threads != thread) continue;
                 for (int32_t i = k; i < k + CHUNK && i < blocks[b].found[t]; i++) {
-                    compute_neuron(layer, &blocks[b], list[i], all, acc, tmp, up, tally);
+                    if (pass == PASS_UP) compute_up(layer, &blocks[b], list[i], all, up, tally);
+                    else compute_down(layer, &blocks[b], list[i], all, w, acc, tmp);
                 }
             }
         }
     }
+}
+
+/* One thread's part of a set of blocks; called by all threads of a team. */
+static void run_blocks(const struct pi_layer *layer, const struct block *blocks, int n_blocks, bool all, int thread,
+                       int n_threads, const struct work *w, struct tally *tally) {
+    const int64_t n_embd = layer->spec.n_embd, n_ff = layer->spec.n_ff;
+    const size_t acc_size = (size_t)w->n_rows * (size_t)n_embd;
+    const int32_t begin = (int32_t)(n_ff * thread / n_threads), end = (int32_t)(n_ff * (thread + 1) / n_threads);
+    const bool gated = layer->spec.up_name != NULL && blocks[0].rows[0].h != NULL;
+    int n_rows = 0;
+
+    memset(w->acc + (size_t)thread * acc_size, 0, acc_size * sizeof(float));
+    for (int b = 0; b < n_blocks; b++) {
+        n_rows += blocks[b].n_rows;
+        blocks[b].found[thread] = scan(&blocks[b], begin, end, all, blocks[b].list + begin);
+        tally->touched += (uint64_t)blocks[b].found[thread];
+        if (!gated) count_nonzero(&blocks[b], begin, end, tally);
+    }
+    if (gated) {
+#pragma omp barrier
+        run_pass(PASS_UP, layer, blocks, n_blocks, all, thread, n_threads, w, tally);
+#pragma omp barrier
+    }
+    for (int b = 0; b < n_blocks; b++) gather_activations(layer, &blocks[b], w, begin, end);
+#pragma omp barrier
+    if (w->round_type != ABI_TYPE_F32) {
+        round_activations(layer, w, n_rows, thread, n_threads);
+#pragma omp barrier
+    }
+    run_pass(PASS_DOWN, layer, blocks, n_blocks, all, thread, n_threads, w, tally);
 #pragma omp barrier
     /* All inputs have been read: now the outputs may be written, wherever they lie. */
     for (int b = 0; b < n_blocks; b++) {
         for (int r = 0; r < blocks[b].n_rows; r++) {
             const int64_t first = n_embd * thread / n_threads, last = n_embd * (thread + 1) / n_threads;
             float *out = blocks[b].rows[r].out;
-            const float *part = accs + (int64_t)(blocks[b].acc_row + r) * n_embd;
+            const float *part = w->acc + (int64_t)(blocks[b].acc_row + r) * n_embd;
             memcpy(out + first, part + first, (size_t)(last - first) * sizeof(float));
             for (int t = 1; t < n_threads; t++) {
                 kernel_add_f32(last - first, part + (size_t)t * acc_size + first, out + first);
@@ -171,6 +255,13 @@ static void run_blocks(const struct pi_layer *layer, const struct block *blocks,
         }
     }
 #pragma omp barrier
+}
+
+/* What stock rounds the input of down to before its dot products; F32 (no rounding) for types we cannot read back. */
+static int rounding_type(const struct pi_layer *layer) {
+    const int type = ggml.ggml_get_type_traits_cpu(layer->spec.down_source_type)->vec_dot_type;
+    const bool readable = kernel_can_dequantize(type) && abi_row_size(type, layer->spec.n_ff) > 0;
+    return readable && ggml.ggml_get_type_traits_cpu(type)->from_float != NULL ? type : ABI_TYPE_F32;
 }
 
 int ffn_sparse(const struct pi_layer *layer, struct ffn_row *rows, int n_rows, bool dense, int n_threads,
@@ -184,21 +275,30 @@ int ffn_sparse(const struct pi_layer *layer, struct ffn_row *rows, int n_rows, b
     const bool collect = n_rows > FFN_BLOCK_ROWS;
     const int set_rows = n_rows < FFN_BLOCK_ROWS ? n_rows : FFN_BLOCK_ROWS;
     const size_t threads = (size_t)n_threads;
+    const int round_type = rounding_type(layer);
+    const size_t packed_size = round64(abi_row_size(round_type, layer->spec.n_ff));
     const size_t acc_bytes = round64(threads * (size_t)set_rows * n_embd * sizeof(float));
     const size_t tmp_bytes = round64(threads * n_embd * sizeof(float));
+    const size_t rounded_bytes = round64((size_t)set_rows * n_ff * sizeof(float));
+    const size_t packed_bytes = threads * packed_size;
     const size_t list_bytes = round64((size_t)set_rows * n_ff * sizeof(int32_t));
-    const size_t found_bytes = (size_t)set_rows * threads * sizeof(int32_t);
+    const size_t found_bytes = round64((size_t)set_rows * threads * sizeof(int32_t));
     const size_t out_bytes = collect ? round64((size_t)n_rows * n_embd * sizeof(float)) : 0;
     const size_t dst_bytes = collect ? round64((size_t)n_rows * sizeof(float *)) : 0;
-    uint8_t *memory =
-        ffn_scratch_reserve(scratch, acc_bytes + tmp_bytes + out_bytes + dst_bytes + list_bytes + found_bytes);
+    uint8_t *memory = ffn_scratch_reserve(scratch, acc_bytes + tmp_bytes + rounded_bytes + packed_bytes + list_bytes +
+                                                       found_bytes + out_bytes + dst_bytes);
     if (memory == NULL) return -1;
-    float *accs = (float *)memory;
-    float *tmps = (float *)(memory + acc_bytes);
-    float *outs = (float *)(memory + acc_bytes + tmp_bytes);
-    float **dsts = (float **)(memory + acc_bytes + tmp_bytes + out_bytes);
-    int32_t *lists = (int32_t *)(memory + acc_bytes + tmp_bytes + out_bytes + dst_bytes);
-    int32_t *founds = (int32_t *)((uint8_t *)lists + list_bytes);
+    struct work work = {.n_rows = set_rows, .round_type = round_type, .packed_size = packed_size};
+    work.acc = (float *)memory, memory += acc_bytes;
+    work.tmp = (float *)memory, memory += tmp_bytes;
+    work.rounded = (float *)memory, memory += rounded_bytes;
+    work.packed = memory, memory += packed_bytes;
+    int32_t *lists = (int32_t *)memory;
+    memory += list_bytes;
+    int32_t *founds = (int32_t *)memory;
+    memory += found_bytes;
+    float *outs = (float *)memory;
+    float **dsts = (float **)(memory + out_bytes);
 
     for (int r = 0; r < n_rows && collect; r++) {
         dsts[r] = rows[r].out;
@@ -225,7 +325,7 @@ int ffn_sparse(const struct pi_layer *layer, struct ffn_row *rows, int n_rows, b
                 done += n;
                 in_set += n;
             }
-            run_blocks(layer, blocks, n_blocks, set_rows, dense, thread, team, accs, tmps, &tally);
+            run_blocks(layer, blocks, n_blocks, dense, thread, team, &work, &tally);
         }
         if (collect) {
 #pragma omp for

@@ -3,7 +3,11 @@
  * The unit of work is a row: one token, or in a mixture one (token, expert) pair. Rows of the same expert are
  * computed together in blocks, neuron by neuron, so that a bundle is read once for all rows of the block that want
  * it. Work is split over threads by neurons; each thread sums into its own accumulators, which are added up at the
- * end. For a given thread count the order of every sum is fixed, so results are reproducible bit for bit. */
+ * end. For a given thread count the order of every sum is fixed, so results are reproducible bit for bit.
+ *
+ * Stock rounds the input of down to the type that its dot product wants (8 bit for quantised weights). We round the
+ * activations in the same way, in the source's order and blocks: in itself neither is nearer to the truth, but small
+ * differences flip expert routing, and the answer that users know is stock's. */
 #ifndef POWERINFER_FFN_H
 #define POWERINFER_FFN_H
 

@@ -75,7 +75,10 @@ int abi_load(const char *lib_dir, char *err, size_t err_len) {
     }
     const struct ggml_type_traits *q8 = ggml.ggml_get_type_traits(ABI_TYPE_Q8_0);
     const struct ggml_type_traits_cpu *q8_cpu = ggml.ggml_get_type_traits_cpu(ABI_TYPE_Q8_0);
-    if (q8->blck_size != 32 || q8->type_size != 34 || q8_cpu->vec_dot_type != ABI_TYPE_Q8_0) {
+    /* Q8_1 and Q8_K exist in memory only, so nothing but ggml's sources fixes their layout (kernels.c reads them). */
+    if (q8->blck_size != 32 || q8->type_size != 34 || q8_cpu->vec_dot_type != ABI_TYPE_Q8_0 ||
+        ggml.ggml_get_type_traits(ABI_TYPE_Q8_1)->type_size != 36 ||
+        ggml.ggml_get_type_traits(ABI_TYPE_Q8_K)->type_size != 292) {
         snprintf(err, err_len, "the type traits of libggml %s have another layout than expected",
                  ggml.ggml_version());
         return -1;

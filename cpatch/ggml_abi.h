@@ -31,6 +31,8 @@ enum abi_type {
     ABI_TYPE_F16 = 1,
     ABI_TYPE_Q4_0 = 2,
     ABI_TYPE_Q8_0 = 8,
+    ABI_TYPE_Q8_1 = 9,
+    ABI_TYPE_Q8_K = 15,
     ABI_TYPE_I32 = 26,
     ABI_TYPE_BF16 = 30,
 };

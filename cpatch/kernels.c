@@ -59,6 +59,31 @@ CLONES static void axpy_q4_0(int64_t n, float a, const uint8_t *x, float *restri
     }
 }
 
+/* Q8_1: blocks of 32 values, half scale, half sum (not needed here), 32 signed bytes. */
+CLONES static void dequantize_q8_1(int64_t n, const uint8_t *x, float *restrict y) {
+    for (int64_t b = 0; b < n / 32; b++, x += 36, y += 32) {
+        uint16_t h;
+        memcpy(&h, x, 2);
+        const float d = half_to_float(h);
+        for (int i = 0; i < 32; i++) y[i] = d * (float)(int8_t)x[4 + i];
+    }
+}
+
+/* Q8_K: blocks of 256 values, float scale, 256 signed bytes, 16 sums of 16 values (not needed here). */
+CLONES static void dequantize_q8_k(int64_t n, const uint8_t *x, float *restrict y) {
+    for (int64_t b = 0; b < n / 256; b++, x += 292, y += 256) {
+        float d;
+        memcpy(&d, x, 4);
+        for (int i = 0; i < 256; i++) y[i] = d * (float)(int8_t)x[4 + i];
+    }
+}
+
+bool kernel_can_dequantize(int type) {
+    if (type < 0 || type >= ABI_TYPE_COUNT) return false;
+    return type == ABI_TYPE_F32 || type == ABI_TYPE_Q8_1 || type == ABI_TYPE_Q8_K ||
+           ggml.ggml_get_type_traits(type)->to_float != NULL;
+}
+
 void kernel_dequantize(int type, int64_t n, const void *x, float *y) {
     switch (type) {
     case ABI_TYPE_F32: memcpy(y, x, (size_t)n * sizeof(float)); break;
@@ -72,6 +97,8 @@ void kernel_dequantize(int type, int64_t n, const void *x, float *y) {
         memset(y, 0, (size_t)n * sizeof(float));
         axpy_q4_0(n, 1.0f, x, y);
         break;
+    case ABI_TYPE_Q8_1: dequantize_q8_1(n, x, y); break;
+    case ABI_TYPE_Q8_K: dequantize_q8_k(n, x, y); break;
     default: ggml.ggml_get_type_traits(type)->to_float(x, y, n);
     }
 }

@@ -5,13 +5,17 @@
 #ifndef POWERINFER_KERNELS_H
 #define POWERINFER_KERNELS_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 /* y[0..n) += a * dequantised(x). n is a multiple of the type's block. tmp: n floats of scratch. */
 void kernel_axpy(int type, int64_t n, float a, const void *x, float *y, float *tmp);
 
-/* y[0..n) = dequantised(x). */
+/* y[0..n) = dequantised(x). Also for the types that only vec_dot operands have: Q8_1 and Q8_K. */
 void kernel_dequantize(int type, int64_t n, const void *x, float *y);
+
+/* Whether kernel_dequantize() knows the type. */
+bool kernel_can_dequantize(int type);
 
 /* y[0..n) += a * x[0..n) */
 void kernel_axpy_f32(int64_t n, float a, const float *x, float *y);

@@ -28,6 +28,7 @@ void pi_model_unref(struct pi_model *model) {
     if (atomic_fetch_sub(&model->refs, 1) != 1) return;
     for (int i = 0; i < model->n_layers; i++) {
         if (model->layers[i].data != NULL) munmap(model->layers[i].data, model->layers[i].data_size);
+        free(model->layers[i].order);
     }
     free(model);
     atomic_fetch_sub(&live_models, 1);
@@ -117,6 +118,22 @@ static int layer_init(struct pi_layer *layer, struct pi_model *model, const stru
         layer->spec.up_name = layer->up_name;
         layer->up = (struct pi_weight){PI_ROLE_UP, layer};
     }
+    if (spec->order != NULL) {
+        const size_t n = (size_t)(experts * spec->n_ff);
+        layer->order = malloc(n * sizeof(int32_t));
+        for (size_t j = 0; layer->order != NULL && j < n; j++) {
+            if (spec->order[j] < 0 || spec->order[j] >= spec->n_ff) {
+                snprintf(err, err_len, "layer %d: the neuron order names neuron %d", spec->index, spec->order[j]);
+                return -1;
+            }
+            layer->order[j] = spec->order[j];
+        }
+        if (layer->order == NULL) {
+            snprintf(err, err_len, "layer %d: no memory for the neuron order", spec->index);
+            return -1;
+        }
+    }
+    layer->spec.order = NULL; /* the caller's memory */
     void *data = mmap(NULL, (size_t)total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (data == MAP_FAILED) {
         snprintf(err, err_len, "layer %d: no memory for %lld bytes of bundles", spec->index, (long long)total);

@@ -45,7 +45,8 @@ struct pi_layer {
     struct pi_model *model;
     struct pi_layer_spec spec; /* names are copied into up_name / down_name below */
     char up_name[ABI_MAX_NAME], down_name[ABI_MAX_NAME];
-    uint8_t *data; /* n_expert (or 1) x n_ff x stride bytes, page aligned */
+    int32_t *order; /* NULL: neurons are stored in the source's order */
+    uint8_t *data;  /* n_expert (or 1) x n_ff x stride bytes, page aligned */
     size_t data_size;
     struct pi_weight up, down;
     struct pi_counters counters[2];

@@ -33,7 +33,7 @@ struct pi_layer_spec {
     int up_type;           /* ggml types of the stored segments */
     int down_type;
     int down_source_type;  /* ggml type of ffn_down as llama.cpp is shown it */
-    bool permuted;         /* neurons are not stored in the source's order */
+    const int32_t *order;  /* [max(n_expert, 1)][n_ff] stored -> source index where they differ, else NULL; copied */
     int64_t file_offset;   /* where the bundle tensor begins in the file */
 };
 

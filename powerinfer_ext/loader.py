@@ -204,7 +204,7 @@ def _open_model(
 ) -> Any:
     """struct pi_model *, with all bundles read; garbage collected."""
     specs = ffi.new("struct pi_layer_spec[]", max(len(layers), 1))
-    names = []  # keeps the strings alive until pi_model_open has copied them
+    kept = []  # what the specs point to, until pi_model_open has copied it
     for spec, layer in zip(specs, layers, strict=False):
         spec.index = layer.index
         for field, text in (
@@ -212,13 +212,15 @@ def _open_model(
             ("down_name", layer.down_name),
         ):
             if text is not None:
-                names.append(ffi.new("char[]", text.encode()))
-                setattr(spec, field, names[-1])
+                kept.append(ffi.new("char[]", text.encode()))
+                setattr(spec, field, kept[-1])
         spec.n_embd, spec.n_ff, spec.n_expert = layer.n_embd, layer.n_ff, layer.n_expert
         spec.stride, spec.up_offset, spec.down_offset = layer.stride, layer.up_offset, layer.down_offset
         spec.up_type = layer.up_type if layer.up_type is not None else -1
         spec.down_type, spec.down_source_type = layer.down_type, layer.source_down_type
-        spec.permuted = bool((layer.order != range(layer.n_ff)).any())
+        if (layer.order != range(layer.n_ff)).any():
+            kept.append(ffi.from_buffer("int32_t[]", layer.order))
+            spec.order = kept[-1]
         spec.file_offset = layer.bundle.offset
     threads = len(os.sched_getaffinity(0))
     model = lib.pi_model_open(
