@@ -2,7 +2,7 @@
 #define _GNU_SOURCE
 #include "buffer.h"
 
-#include "kernels.h"
+#include "ffn.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -95,8 +95,7 @@ static int rebuild_down(const struct pi_layer *layer, uint8_t *dst) {
     }
     for (int64_t e = 0; e < experts; e++) {
         for (int64_t j = 0; j < n_ff; j++) {
-            kernel_dequantize(spec->down_type, n_embd, layer->data + (e * n_ff + j) * spec->stride + spec->down_offset,
-                              column);
+            ffn_column(layer, (int)e, j, column);
             for (int64_t i = 0; i < n_embd; i++) matrix[i * n_ff + j] = column[i];
         }
         uint8_t *to = dst + (size_t)(e * n_embd) * row;

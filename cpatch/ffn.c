@@ -116,19 +116,40 @@ static int32_t scan(const struct block *block, int32_t begin, int32_t end, bool 
     return n;
 }
 
-static uint8_t *bundle_of(const struct pi_layer *layer, const struct block *block, int32_t j) {
-    return layer->data + ((int64_t)block->rows[0].expert * layer->spec.n_ff + j) * layer->spec.stride;
+static const uint8_t *bundle_of(const struct pi_layer *layer, int expert, int64_t j) {
+    return layer->data + (expert * layer->spec.n_ff + j) * layer->spec.stride;
 }
 
-/* Where neuron j's rounded activation stands in a row of work.rounded. */
-static int32_t source_index(const struct pi_layer *layer, const struct block *block, int32_t j) {
-    return layer->order == NULL ? j : layer->order[(int64_t)block->rows[0].expert * layer->spec.n_ff + j];
+/* The source's number of the neuron stored as j; its rounded activation stands there in a row of work.rounded. */
+static int64_t source_index(const struct pi_layer *layer, int expert, int64_t j) {
+    return layer->order == NULL ? j : layer->order[expert * layer->spec.n_ff + j];
+}
+
+/* The row of scales that neuron j shares with its neighbours in the source; only where down_type is I8. */
+static const uint16_t *scales_of(const struct pi_layer *layer, int expert, int64_t j) {
+    const int64_t groups = layer->spec.n_ff / PI_SCALE_GROUP;
+    return layer->scales + (expert * groups + source_index(layer, expert, j) / PI_SCALE_GROUP) * layer->spec.n_embd;
+}
+
+void ffn_column(const struct pi_layer *layer, int expert, int64_t j, float *y) {
+    const struct pi_layer_spec *spec = &layer->spec;
+    const uint8_t *column = bundle_of(layer, expert, j) + spec->down_offset;
+    if (spec->down_type != ABI_TYPE_I8) kernel_dequantize(spec->down_type, spec->n_embd, column, y);
+    else kernel_dequantize_scaled(spec->n_embd, (const int8_t *)column, scales_of(layer, expert, j), y);
+}
+
+/* y += a * the column of neuron j. */
+static void add_column(const struct pi_layer *layer, int expert, int64_t j, float a, float *y, float *tmp) {
+    const struct pi_layer_spec *spec = &layer->spec;
+    const uint8_t *column = bundle_of(layer, expert, j) + spec->down_offset;
+    if (spec->down_type != ABI_TYPE_I8) kernel_axpy(spec->down_type, spec->n_embd, a, column, y, tmp);
+    else kernel_axpy_scaled(spec->n_embd, a, (const int8_t *)column, scales_of(layer, expert, j), y);
 }
 
 /* The activation of neuron j for all rows of the block that want it. */
 static void compute_up(const struct pi_layer *layer, const struct block *block, int32_t j, bool all,
                        const struct ggml_type_traits_cpu *up, struct tally *tally) {
-    const uint8_t *row = bundle_of(layer, block, j) + layer->spec.up_offset;
+    const uint8_t *row = bundle_of(layer, block->rows[0].expert, j) + layer->spec.up_offset;
     for (int r = 0; r < block->n_rows; r++) {
         const float g = block->rows[r].g[j];
         if (!all && !(g > 0.0f)) continue;
@@ -144,20 +165,20 @@ static void compute_up(const struct pi_layer *layer, const struct block *block, 
 /* Adds neuron j's column, times its activation, to the accumulators of the block's rows. */
 static void compute_down(const struct pi_layer *layer, const struct block *block, int32_t j, bool all,
                          const struct work *w, float *acc, float *tmp) {
-    const struct pi_layer_spec *spec = &layer->spec;
-    const uint8_t *column = bundle_of(layer, block, j) + spec->down_offset;
-    const float *h = w->rounded + (int64_t)block->acc_row * spec->n_ff + source_index(layer, block, j);
-    float *y = acc + (int64_t)block->acc_row * spec->n_embd;
+    const int64_t n_embd = layer->spec.n_embd;
+    const int expert = block->rows[0].expert;
+    const float *h = w->rounded + block->acc_row * layer->spec.n_ff + source_index(layer, expert, j);
+    float *y = acc + block->acc_row * n_embd;
     if (block->n_rows == 1) {
-        if (*h != 0.0f || all) kernel_axpy(spec->down_type, spec->n_embd, *h, column, y, tmp);
+        if (*h != 0.0f || all) add_column(layer, expert, j, *h, y, tmp);
         return;
     }
     bool expanded = false;
-    for (int r = 0; r < block->n_rows; r++, h += spec->n_ff, y += spec->n_embd) {
+    for (int r = 0; r < block->n_rows; r++, h += layer->spec.n_ff, y += n_embd) {
         if (*h == 0.0f && !all) continue;
-        if (!expanded) kernel_dequantize(spec->down_type, spec->n_embd, column, tmp);
+        if (!expanded) ffn_column(layer, expert, j, tmp);
         expanded = true;
-        kernel_axpy_f32(spec->n_embd, *h, tmp, y);
+        kernel_axpy_f32(n_embd, *h, tmp, y);
     }
 }
 
@@ -170,7 +191,7 @@ static void gather_activations(const struct pi_layer *layer, const struct block 
         if (layer->order == NULL) {
             memcpy(to + begin, h + begin, (size_t)(end - begin) * sizeof(float));
         } else {
-            for (int32_t j = begin; j < end; j++) to[source_index(layer, block, j)] = h[j];
+            for (int32_t j = begin; j < end; j++) to[source_index(layer, block->rows[r].expert, j)] = h[j];
         }
     }
 }

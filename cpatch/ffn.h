@@ -41,6 +41,9 @@ void ffn_scratch_free(struct ffn_scratch *scratch);
 int ffn_sparse(const struct pi_layer *layer, struct ffn_row *rows, int n_rows, bool dense, int n_threads,
                struct ffn_scratch *scratch, struct pi_counters *counters);
 
+/* y[0..n_embd) = the down column of neuron j (stored index) of an expert. */
+void ffn_column(const struct pi_layer *layer, int expert, int64_t j, float *y);
+
 /* One product row of an ordinary matrix: out[j] = dot(weights + j * stride, xq), j < n_out. */
 struct ffn_product {
     const uint8_t *weights;

@@ -33,6 +33,7 @@ enum abi_type {
     ABI_TYPE_Q8_0 = 8,
     ABI_TYPE_Q8_1 = 9,
     ABI_TYPE_Q8_K = 15,
+    ABI_TYPE_I8 = 24,
     ABI_TYPE_I32 = 26,
     ABI_TYPE_BF16 = 30,
 };

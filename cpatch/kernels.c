@@ -34,6 +34,14 @@ static inline float half_to_float(uint16_t h) {
     return bits.f;
 }
 
+CLONES void kernel_axpy_scaled(int64_t n, float a, const int8_t *x, const uint16_t *scales, float *y) {
+    for (int64_t i = 0; i < n; i++) y[i] += a * half_to_float(scales[i]) * (float)x[i];
+}
+
+CLONES void kernel_dequantize_scaled(int64_t n, const int8_t *x, const uint16_t *scales, float *y) {
+    for (int64_t i = 0; i < n; i++) y[i] = half_to_float(scales[i]) * (float)x[i];
+}
+
 /* Q8_0: blocks of 32 values, a half scale then 32 signed bytes. */
 CLONES static void axpy_q8_0(int64_t n, float a, const uint8_t *x, float *restrict y) {
     for (int64_t b = 0; b < n / 32; b++, x += 34, y += 32) {

@@ -11,6 +11,10 @@
 /* y[0..n) += a * dequantised(x). n is a multiple of the type's block. tmp: n floats of scratch. */
 void kernel_axpy(int type, int64_t n, float a, const void *x, float *y, float *tmp);
 
+/* y[i] += a * scales[i] * x[i]; y[i] = scales[i] * x[i]: columns of integers with a row of half-precision scales. */
+void kernel_axpy_scaled(int64_t n, float a, const int8_t *x, const uint16_t *scales, float *y);
+void kernel_dequantize_scaled(int64_t n, const int8_t *x, const uint16_t *scales, float *y);
+
 /* y[0..n) = dequantised(x). Also for the types that only vec_dot operands have: Q8_1 and Q8_K. */
 void kernel_dequantize(int type, int64_t n, const void *x, float *y);
 

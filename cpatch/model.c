@@ -29,6 +29,7 @@ void pi_model_unref(struct pi_model *model) {
     for (int i = 0; i < model->n_layers; i++) {
         if (model->layers[i].data != NULL) munmap(model->layers[i].data, model->layers[i].data_size);
         free(model->layers[i].order);
+        free(model->layers[i].scales);
     }
     free(model);
     atomic_fetch_sub(&live_models, 1);
@@ -77,6 +78,12 @@ void pi_model_reset_stats(struct pi_model *model) {
     }
 }
 
+/* Bytes of the table of scales. Cannot overflow once the bundles' size has been checked: they are larger. */
+static size_t scales_size(const struct pi_layer_spec *spec) {
+    const size_t experts = spec->n_expert == 0 ? 1 : (size_t)spec->n_expert;
+    return experts * (size_t)(spec->n_ff / PI_SCALE_GROUP) * (size_t)spec->n_embd * sizeof(uint16_t);
+}
+
 /* Copies a spec into the layer and checks it against the types and the file. Returns 0, or -1 with a sentence. */
 static int layer_init(struct pi_layer *layer, struct pi_model *model, const struct pi_layer_spec *spec,
                       int64_t file_size, char *err, size_t err_len) {
@@ -85,6 +92,7 @@ static int layer_init(struct pi_layer *layer, struct pi_model *model, const stru
     const size_t up_size = gated ? abi_row_size(spec->up_type, spec->n_embd) : 0;
     const size_t down_size = abi_row_size(spec->down_type, spec->n_embd);
     const int64_t experts = spec->n_expert == 0 ? 1 : spec->n_expert;
+    const bool scaled = spec->down_type == ABI_TYPE_I8;
     int64_t total = 0;
 
     if (spec->down_name == NULL || strlen(spec->down_name) >= ABI_MAX_NAME) field = "name of ffn_down";
@@ -104,6 +112,9 @@ static int layer_init(struct pi_layer *layer, struct pi_model *model, const stru
         field = "size";
     else if (spec->file_offset < 0 || spec->file_offset > file_size || total > file_size - spec->file_offset)
         field = "extent (it reaches past the end of the file)";
+    else if (scaled && (spec->n_ff % PI_SCALE_GROUP != 0 || spec->scale_offset < 0 || spec->scale_offset > file_size ||
+                        (int64_t)scales_size(spec) > file_size - spec->scale_offset))
+        field = "table of scales";
     if (field != NULL) {
         snprintf(err, err_len, "layer %d: the bundle's %s does not fit", spec->index, field);
         return -1;
@@ -160,6 +171,21 @@ static int read_fully(int fd, uint8_t *dst, size_t size, off_t offset) {
     return 0;
 }
 
+static int scales_read(struct pi_layer *layer, int fd, char *err, size_t err_len) {
+    const size_t size = scales_size(&layer->spec);
+    layer->scales = malloc(size);
+    if (layer->scales == NULL) {
+        snprintf(err, err_len, "layer %d: no memory for %zu bytes of scales", layer->spec.index, size);
+        return -1;
+    }
+    if (read_fully(fd, (uint8_t *)layer->scales, size, (off_t)layer->spec.scale_offset) != 0) {
+        snprintf(err, err_len, "layer %d: reading scales at offset %lld failed", layer->spec.index,
+                 (long long)layer->spec.scale_offset);
+        return -1;
+    }
+    return 0;
+}
+
 static int layer_read(struct pi_layer *layer, int fd, int n_threads, char *err, size_t err_len) {
     const int64_t n_chunks = (int64_t)((layer->data_size + READ_CHUNK - 1) / READ_CHUNK);
     int failed = 0;
@@ -182,7 +208,7 @@ static int layer_read(struct pi_layer *layer, int fd, int n_threads, char *err, 
                  (long long)failed_at, failed == EIO ? "the file ended early or the device failed" : strerror(failed));
         return -1;
     }
-    return 0;
+    return layer->spec.down_type == ABI_TYPE_I8 ? scales_read(layer, fd, err, err_len) : 0;
 }
 
 struct pi_model *pi_model_open(int fd, int n_layers, const struct pi_layer_spec *specs, int activation, int n_threads,

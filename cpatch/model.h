@@ -23,6 +23,8 @@ enum pi_role {
 
 struct pi_layer;
 
+enum { PI_SCALE_GROUP = 32 }; /* neurons that share a row of scales */
+
 /* What tensor->extra points to for a weight of ours. */
 struct pi_weight {
     enum pi_role role;
@@ -48,6 +50,7 @@ struct pi_layer {
     int32_t *order; /* NULL: neurons are stored in the source's order */
     uint8_t *data;  /* n_expert (or 1) x n_ff x stride bytes, page aligned */
     size_t data_size;
+    uint16_t *scales; /* the table of spec.scale_offset; NULL unless down_type is I8 */
     struct pi_weight up, down;
     struct pi_counters counters[2];
 };

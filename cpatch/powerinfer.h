@@ -31,8 +31,11 @@ struct pi_layer_spec {
     int64_t up_offset;     /* of the up row in the bundle; unused when up_name is NULL */
     int64_t down_offset;   /* of the down column in the bundle */
     int up_type;           /* ggml types of the stored segments */
-    int down_type;
+    int down_type;         /* I8: columns of integers whose scales are in a table, see scale_offset */
     int down_source_type;  /* ggml type of ffn_down as llama.cpp is shown it */
+    int64_t scale_offset;  /* where the table of scales begins in the file; unused unless down_type is I8.
+                              [max(n_expert, 1)][n_ff / 32][n_embd] halves, by source neuron: the blocks of the source
+                              run along neurons, so 32 neurons share a row. Lossless, unlike blocking columns anew. */
     const int32_t *order;  /* [max(n_expert, 1)][n_ff] stored -> source index where they differ, else NULL; copied */
     int64_t file_offset;   /* where the bundle tensor begins in the file */
 };

@@ -1,7 +1,7 @@
 """Turn a sparse-GGUF back into the stock GGUF it came from.
 
-Everything but a re-quantised `down` comes back bit for bit: tensors, their order, metadata, alignment, padding. Where
-nothing was re-quantised the result is the source, and its SHA-256 proves it.
+Everything but a re-quantised `down` comes back bit for bit: tensors, their order, metadata, alignment,
+padding. Where nothing was re-quantised the result is the source, and its SHA-256 proves it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from gguf_tools import quants, sparse
 from gguf_tools.errors import ConversionError, FormatError
 from gguf_tools.reader import BLOCKS, DEFAULT_ALIGNMENT, STRING, U32, Field, TensorInfo, row_bytes
 from gguf_tools.sparse import SparseGGUF, SparseLayer
-from gguf_tools.stream import Progress, Reporter, permuted_rows, pieces, row_ranges, strips
+from gguf_tools.stream import WORKERS, Progress, Reporter, permuted_rows, pieces, row_ranges, strips
 from gguf_tools.writer import GGUFWriter, NewTensor
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """The outcome of `export`. `requantised` names tensors that differ from the source's, as far as rounding goes."""
+    """The outcome of `export`. `requantised` names tensors that differ from the source's, as far as rounding
+    goes.
+    """
 
     source: str
     output: str
@@ -45,8 +47,8 @@ def export(
 ) -> ExportReport:
     """Write the stock GGUF that the sparse-GGUF `source` was converted from to `output`.
 
-    `progress(done, total, what)` counts bytes. Raises FormatError (bad source), ConversionError (cannot be written),
-    OSError (source unreadable).
+    `progress(done, total, what)` counts bytes. Raises FormatError (bad source), ConversionError (cannot be
+    written), OSError (source unreadable).
     """
     started = time.monotonic()
     with SparseGGUF.open(source) as view:
@@ -66,8 +68,8 @@ def export(
         )
         if writer.data_end > view.source_size:
             raise FormatError(
-                f"{view.path}: {sparse.K_SOURCE_SIZE}: {view.source_size} bytes, but the source's tensors end at byte "
-                f"{writer.data_end}"
+                f"{view.path}: {sparse.K_SOURCE_SIZE}: {view.source_size} bytes, but the source's tensors "
+                f"end at byte {writer.data_end}"
             )
         with writer:
             _write_all(view, writer, Reporter(progress, writer.size))
@@ -121,7 +123,7 @@ def _write_all(view: SparseGGUF, writer: GGUFWriter, reporter: Reporter) -> None
         identity = np.arange(layer.n_ff, dtype=np.int32)
         if (layer.order != identity).any():
             permuted |= dict.fromkeys((layer.decider.name, *layer.bias_names), layer)
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=WORKERS) as pool:
         for tensor in writer.tensors:
             name = tensor.name
             writer.begin(name)
@@ -174,11 +176,21 @@ def _ups(layer: SparseLayer) -> Iterator[np.ndarray]:
         yield _segments(layer, expert, layer.up_offset, width)
 
 
+def _scales(layer: SparseLayer, expert: int) -> np.ndarray:
+    """uint16 [n_embd, n_ff / 32]: the scales of an expert's `down`, as its rows have them."""
+    table = np.empty((layer.n_ff // quants.SCALE_GROUP, layer.n_embd), "<u2")
+    layer.file.read_into(layer.scale_tensor.offset + expert * table.nbytes, table)
+    return table.T
+
+
 def _downs(layer: SparseLayer, pool: ThreadPoolExecutor) -> Iterator[np.ndarray]:
     """Per expert `down` as the source had it, uint8 [n_embd, bytes of a row]."""
     width = row_bytes(layer.down_type, layer.n_embd)
     for expert in range(max(1, layer.n_expert)):
         columns = _segments(layer, expert, layer.down_offset, width)
+        if layer.scale_tensor is not None:
+            yield quants.join_blocks(layer.source_down_type, columns.T.view(np.int8), _scales(layer, expert))
+            continue
         down = np.empty((layer.n_embd, row_bytes(layer.source_down_type, layer.n_ff)), np.uint8)
 
         def restore(strip: tuple[int, int], columns: np.ndarray = columns, down: np.ndarray = down) -> None:

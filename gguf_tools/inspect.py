@@ -21,9 +21,10 @@ from gguf_tools.sparse import FFN_TENSOR, SparseGGUF, SparseLayer
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `path`, a sparse or a stock GGUF, holds; sizes in bytes. Raises FormatError or OSError.
 
-    Keys: path, format (``sparse-gguf`` or ``gguf``), size, gguf_version, architecture, name, activation, gated,
-    tensors, layers (one entry per FFN), ffn_bytes, ffn_share (of the file), types (tensor bytes by type), and for
-    sparse files version and source, for stock ones obstacle (why it cannot be converted, or null).
+    Keys: path, format (``sparse-gguf`` or ``gguf``), size, gguf_version, architecture, name, activation,
+    gated, tensors, layers (one entry per FFN), ffn_bytes, ffn_share (of the file), types (tensor bytes by
+    type), and for sparse files version and source, for stock ones obstacle (why it cannot be converted, or
+    null).
     """
     with GGUFFile.open(path) as file:
         info: dict[str, Any] = {
@@ -135,11 +136,13 @@ def _stock_layer(index: int, suffix: str, parts: dict[str, TensorInfo]) -> dict[
     }
 
 
-# ---- for people -----------------------------------------------------------------------------------------------------
+# ---- for people --------------------------------------------------------------------------------------------
 
 
 def render(info: dict[str, Any], console: Console) -> None:
-    """Print what `inspect` returned: a few lines, then a table with runs of alike layers folded into one row."""
+    """Print what `inspect` returned: a few lines, then a table with runs of alike layers folded into one
+    row.
+    """
     is_sparse = info["format"] == "sparse-gguf"
     kind = f"sparse-GGUF version {info['version']}" if is_sparse else f"GGUF version {info['gguf_version']}"
     gate = {True: "gated", False: "ungated", None: "no FFN"}[info["gated"]]
@@ -167,7 +170,7 @@ def render(info: dict[str, Any], console: Console) -> None:
 
 def _table(layers: list[dict[str, Any]], is_sparse: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("layer", "FFN", "embd", "neurons", "experts", "gate", "up", "down", "bytes/neuron", "hot"):
+    for name in ("layer", "FFN", "embd", "neurons", "experts", "gate", "up", "down", "B/neuron", "hot"):
         table.add_column(name, justify="left" if name in ("FFN", "gate", "up", "down") else "right")
     for first, last, layer in _runs(layers):
         down = layer["down_type"]

@@ -1,12 +1,13 @@
 """A strict reader of GGUF files (versions 2 and 3, little-endian).
 
-It trusts nothing: every count, length, offset and shape is checked against the size of the file before memory is
-allocated for it, and whatever is wrong is reported as a `FormatError` that names the file and the field. There is no
-memory mapping: a file that shrinks under a mapping kills the process (SIGBUS), a short `pread` is only an error.
+It trusts nothing: every count, length, offset and shape is checked against the size of the file before memory
+is allocated for it, and whatever is wrong is reported as a `FormatError` that names the file and the field.
+There is no memory mapping: a file that shrinks under a mapping kills the process (SIGBUS), a short `pread` is
+only an error.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Like llama.cpp's loader, and unlike that
-document, we insist that tensors lie in the file in the order of their infos, one after the other, with padding only up
-to the next multiple of the alignment: a file has then no overlaps and no holes.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Like llama.cpp's loader, and unlike
+that document, we insist that tensors lie in the file in the order of their infos, one after the other, with
+padding only up to the next multiple of the alignment: a file has then no overlaps and no holes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ MAX_ALIGNMENT = 1 << 20
 # llama.cpp stops at these too (GGML_MAX_NAME counts the terminating zero, GGML_MAX_DIMS).
 MAX_TENSOR_NAME = 63
 MAX_DIMS = 4
-# The specification's bound on keys. Strings may be whole tokenizer.json files, so only absurd sizes are refused.
+# The specification's bound on keys. Strings may be whole tokenizer.json files, so only absurd sizes are
+# refused.
 MAX_KEY = 65535
 MAX_STRING = 1 << 28
 
@@ -62,7 +64,9 @@ def align_up(n: int, alignment: int) -> int:
 
 
 def printable(name: str) -> str:
-    """`name` shortened and escaped, so that a hostile file cannot draw on the terminal through our messages."""
+    """`name` shortened and escaped, so that a hostile file cannot draw on the terminal through our
+    messages.
+    """
     return ascii(name if len(name) <= 80 else name[:77] + "...")
 
 
@@ -70,8 +74,8 @@ def printable(name: str) -> str:
 class Field:
     """One metadata entry, kept as the bytes it has in the file so that it can be written again unchanged.
 
-    `type` is the GGUF value type, `item_type` that of an array's elements, `count` their number (1 for a scalar), and
-    `raw` the encoded value without the key, the types and the count.
+    `type` is the GGUF value type, `item_type` that of an array's elements, `count` their number (1 for a
+    scalar), and `raw` the encoded value without the key, the types and the count.
     """
 
     name: str
@@ -82,7 +86,9 @@ class Field:
 
     @property
     def value(self) -> Any:
-        """The decoded value: int, float, bool, str or a list of one of them (bytes that are not UTF-8 become U+FFFD)."""
+        """The decoded value: int, float, bool, str or a list of one of them (bytes that are not UTF-8 become
+        U+FFFD).
+        """
         items = list(_strings(self.raw)) if self.item_type == STRING else _scalars(self.item_type, self.raw)
         return items if self.type == ARRAY else items[0]
 
@@ -136,7 +142,9 @@ def _strings(raw: bytes) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies. `shape` in ggml's order (ne: fastest first), `offset` from the start of the file, in bytes."""
+    """Where a tensor lies. `shape` in ggml's order (ne: fastest first), `offset` from the start of the file,
+    in bytes.
+    """
 
     name: str
     type: int
@@ -247,8 +255,8 @@ class GGUFFile:
             n = os.preadv(self.fd, [view[done:]], offset + done)
             if n == 0:
                 raise FormatError(
-                    f"{self.path}: the file ends at byte {offset + done} where it had {self.size} bytes when it was "
-                    "opened; it was truncated meanwhile"
+                    f"{self.path}: the file ends at byte {offset + done} where it had {self.size} bytes when "
+                    "it was opened; it was truncated meanwhile"
                 )
             done += n
 
@@ -260,7 +268,7 @@ class GGUFFile:
     def _fail(self, field: str, problem: str) -> FormatError:
         return FormatError(f"{self.path}: {field}: {problem}")
 
-    # ---- header -------------------------------------------------------------------------------------------------
+    # ---- header --------------------------------------------------------------------------------------------
 
     def _parse(self) -> None:
         cursor = _Cursor(self)
@@ -403,7 +411,8 @@ class _Cursor:
         return Field(name, value_type, item_type, count, raw)
 
     def skip_strings(self, count: int, where: str) -> None:
-        # Vocabularies have 150 000 strings and more: this loop is the reader's hot spot, hence the local names.
+        # Vocabularies have 150 000 strings and more: this loop is the reader's hot spot, hence the local
+        # names.
         buffer, at, loaded, unpack = self.buffer, self.at, len(self.buffer), struct.Struct("<Q").unpack_from
         for _ in range(count):
             if at + 8 > loaded:
@@ -441,7 +450,7 @@ class _Cursor:
         if shape[0] % block:
             raise self.file._fail(
                 where,
-                f"rows of {shape[0]} values are not a multiple of the {type_name(ggml_type)} block of {block}",
+                f"rows of {shape[0]} values are not a multiple of the {type_name(ggml_type)} block, {block}",
             )
         nbytes = elements // block * block_bytes
         offset = self.u64(f"offset of tensor {label}")

@@ -1,4 +1,6 @@
-"""The sparse-GGUF format, version 1: its names, its layout and the checked view of a file (see docs/FORMAT.md)."""
+"""The sparse-GGUF format, version 1: its names, its layout and the checked view of a file (see
+docs/FORMAT.md).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gguf_tools.errors import FormatError
+from gguf_tools.quants import SCALE_GROUP, SCALED
 from gguf_tools.reader import (
     ARRAY,
     BLOCKS,
@@ -53,7 +56,7 @@ _OWN_PREFIXES = tuple(
     f"powerinfer.{part}." for part in ("source", "bundle", "hot", "predictor", "calibration")
 )
 
-_I8, _I32, _F32 = 24, 26, 0  # ggml tensor types
+_I8, _I32, _F32, _F16 = 24, 26, 0, 1  # ggml tensor types
 _BUNDLE_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.ffn_bundle(_exps)?\.weight")
 
 
@@ -62,7 +65,9 @@ FFN_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.ffn_(up|down|gate)(_exps)?\.
 
 
 def owns_key(name: str) -> bool:
-    """Whether a metadata key belongs to the sparse-GGUF format (other ``powerinfer.`` keys are the model's own)."""
+    """Whether a metadata key belongs to the sparse-GGUF format (other ``powerinfer.`` keys are the model's
+    own).
+    """
     return name in (K_VERSION, K_ACTIVATION) or name.startswith(_OWN_PREFIXES)
 
 
@@ -79,8 +84,9 @@ def bundle_layout(gated: bool, up_type: int | None, down_type: int, n_embd: int)
 class SparseLayer:
     """One bundled FFN. Sizes in values, offsets and stride in bytes within a neuron's row of the bundle.
 
-    `decider`, `up` and `down` are the names in the source: the decider (gate, or up when ungated) is an ordinary
-    tensor of the file whose rows are in stored order; `up` (gated) and `down` exist only inside the bundle.
+    `decider`, `up` and `down` are the names in the source: the decider (gate, or up when ungated) is an
+    ordinary tensor of the file whose rows are in stored order; `up` (gated) and `down` exist only inside the
+    bundle.
     """
 
     index: int
@@ -98,6 +104,7 @@ class SparseLayer:
     down_offset: int
     hot_count: int
     frequency_tensor: TensorInfo | None
+    scale_tensor: TensorInfo | None  # F16 [n_embd, n_ff / 32, n_expert] by source neuron, where down_type is I8
     file: GGUFFile = field(repr=False)
     _order: np.ndarray | None = field(default=None, repr=False)
 
@@ -128,7 +135,9 @@ class SparseLayer:
 
     @property
     def bias_names(self) -> tuple[str, ...]:
-        """Names of the tensors with one value per neuron that follow the stored order, if the file has them."""
+        """Names of the tensors with one value per neuron that follow the stored order, if the file has
+        them.
+        """
         return tuple(f"blk.{self.index}.ffn_{part}{self.suffix}.bias" for part in ("gate", "up"))
 
     @property
@@ -140,7 +149,9 @@ class SparseLayer:
 
     @property
     def frequency(self) -> np.ndarray | None:
-        """float32 [n_expert or 1, n_ff]: how often each stored neuron fired when profiled; None without a profile."""
+        """float32 [n_expert or 1, n_ff]: how often each stored neuron fired when profiled; None without a
+        profile.
+        """
         if self.frequency_tensor is None:
             return None
         raw = self.file.pread(self.frequency_tensor.offset, self.frequency_tensor.nbytes)
@@ -156,8 +167,8 @@ class SparseLayer:
             if not seen.all():
                 where = f" of expert {expert}" if self.n_expert else ""
                 raise FormatError(
-                    f"{self.file.path}: tensor {self.order_tensor.name}: the neuron order{where} is not a permutation "
-                    f"of 0 to {self.n_ff - 1}"
+                    f"{self.file.path}: tensor {self.order_tensor.name}: the neuron order{where} is not a "
+                    f"permutation of 0 to {self.n_ff - 1}"
                 )
         return order
 
@@ -277,7 +288,7 @@ class SparseGGUF:
         if len(set(self._source_tensors)) != len(self._source_tensors):
             raise self._fail(K_SOURCE_TENSORS, "names a tensor twice")
 
-    # ---- bundles ------------------------------------------------------------------------------------------------
+    # ---- bundles -------------------------------------------------------------------------------------------
 
     def _layers(self) -> list[SparseLayer]:
         names = self._value(K_BUNDLE_TENSORS, STRING, array=True)
@@ -341,8 +352,8 @@ class SparseGGUF:
             if n % BLOCKS[ggml_type][0]:
                 raise self._fail(
                     key,
-                    f"{type_name(ggml_type)} has blocks of {BLOCKS[ggml_type][0]} values, which do not divide {name}'s "
-                    f"{what} of {n}",
+                    f"{type_name(ggml_type)} has blocks of {BLOCKS[ggml_type][0]} values, which do not "
+                    f"divide {name}'s {what} of {n}",
                 )
         up_offset, down_offset, stride = bundle_layout(self.gated, up_type, down_type, n_embd)
         if row[K_STRIDE] != stride:
@@ -350,7 +361,10 @@ class SparseGGUF:
         hot_count = row.get(K_HOT_COUNT, 0)
         if hot_count > n_ff:
             raise self._fail(K_HOT_COUNT, f"{hot_count} hot neurons for {name}, which has {n_ff} neurons")
+        if down_type == _I8 and source_type not in SCALED:
+            raise self._fail(K_DOWN_TYPE, f"I8 columns for {name}, whose source type has no single scale")
         orders = (n_ff, *experts)
+        scales = (n_embd, n_ff // SCALE_GROUP, *experts)
         frequency_name = f"blk.{index}.ffn_freq{suffix}.weight"
         return SparseLayer(
             index=index,
@@ -369,6 +383,11 @@ class SparseGGUF:
             hot_count=hot_count,
             frequency_tensor=(
                 self._tensor(frequency_name, _F32, orders) if frequency_name in self.file.tensors else None
+            ),
+            scale_tensor=(
+                self._tensor(f"blk.{index}.ffn_down_scale{suffix}.weight", _F16, scales)
+                if down_type == _I8
+                else None
             ),
             file=self.file,
         )
@@ -391,12 +410,19 @@ class SparseGGUF:
         for layer in self.layers:
             if layer.decider.name not in source:
                 raise self._fail(K_SOURCE_TENSORS, f"lacks {layer.decider.name}")
-            for extension in (layer.bundle, layer.order_tensor, layer.frequency_tensor):
+            for extension in (
+                layer.bundle,
+                layer.order_tensor,
+                layer.frequency_tensor,
+                layer.scale_tensor,
+            ):
                 if extension is not None and extension.name in source:
                     raise self._fail(K_SOURCE_TENSORS, f"names {extension.name}, which the conversion added")
 
 
 def is_sparse(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a sparse-GGUF (of any version). Raises FormatError if it is not a sound GGUF at all."""
+    """Whether `path` is a sparse-GGUF (of any version). Raises FormatError if it is not a sound GGUF at
+    all.
+    """
     with GGUFFile.open(path) as file:
         return K_VERSION in file.fields

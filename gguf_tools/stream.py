@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -11,8 +12,9 @@ from gguf_tools.reader import BLOCKS, GGUFFile, TensorInfo
 # progress(done, total, what): bytes done, bytes in all, the tensor or step at hand.
 Progress = Callable[[int, int, str], None]
 
-PIECE = 8 << 20  # bytes moved at a time
-STRIP = 1 << 22  # values of `down` held as floats per worker (16 MiB)
+PIECE = 4 << 20  # bytes moved at a time
+STRIP = 1 << 20  # values of `down` that a worker holds as floats (4 MiB, in three copies)
+WORKERS = min(4, os.cpu_count() or 1)
 
 
 class Reporter:

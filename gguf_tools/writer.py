@@ -59,10 +59,11 @@ def encode_header(
 class GGUFWriter:
     """Streams a GGUF file whose metadata and tensor infos are known before its data.
 
-    Use as a context manager: on leaving it the file is synced and renamed to `path`; after any exception (Ctrl-C
-    included) the temporary file is removed and whatever was at `path` is untouched. Tensors are written in their
-    declared order, in as many pieces as the caller likes. `size`, if given, extends the file with zeros to that many
-    bytes (the padding after the last tensor is optional in GGUF; a reproduction has to follow its model).
+    Use as a context manager: on leaving it the file is synced and renamed to `path`; after any exception
+    (Ctrl-C included) the temporary file is removed and whatever was at `path` is untouched. Tensors are
+    written in their declared order, in as many pieces as the caller likes. `size`, if given, extends the file
+    with zeros to that many bytes (the padding after the last tensor is optional in GGUF; a reproduction has
+    to follow its model).
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class GGUFWriter:
         size: int | None = None,
         digest: hashlib._Hash | None = None,
     ) -> None:
-        self.path = os.path.abspath(os.fspath(path))
+        self.path = os.path.realpath(path)  # what a link points to is replaced, not the link
         self.tensors = list(tensors)
         self.alignment = alignment
         self.fields = list(fields)
@@ -87,10 +88,11 @@ class GGUFWriter:
         self._next = 0  # index of the tensor being written
         self._left = 0  # its bytes still to come
         self._fd = -1
+        self._temporary = ""  # its path, while it exists
 
     def __enter__(self) -> GGUFWriter:
         folder, name = os.path.split(self.path)
-        self._temporary = os.path.join(folder, f".{name[:180]}.{secrets.token_hex(4)}.tmp")
+        temporary = os.path.join(folder, f".{name[:180]}.{secrets.token_hex(4)}.tmp")
         try:
             if os.path.exists(self.path) and not stat.S_ISREG(os.stat(self.path).st_mode):
                 raise ConversionError(
@@ -104,7 +106,8 @@ class GGUFWriter:
                     f"{self.path}: needs {self.size / 1e6:.1f} MB but its disk has {free / 1e6:.1f} MB free; "
                     "free some space or choose another place"
                 )
-            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._temporary = temporary
             self._write(self.header)
         except OSError as error:
             self._discard()
@@ -133,13 +136,12 @@ class GGUFWriter:
                 f"tensor {self.tensors[self._next - 1].name} got {len(view) - self._left} bytes too many"
             )
         self._left -= len(view)
-        try:
-            self._write(view)
-        except OSError as error:
-            raise self._sentence(error) from error
+        self._write(view)
 
     def replace_string(self, key: str, value: str) -> None:
-        """Overwrite the string field `key` in the header with one of the same length (a digest known only at the end)."""
+        """Overwrite the string field `key` in the header with one of the same length (a digest known only at
+        the end).
+        """
         at = 24
         for field in self.fields:
             encoded = field.encode()
@@ -166,6 +168,7 @@ class GGUFWriter:
             os.close(self._fd)
             self._fd = -1
             os.rename(self._temporary, self.path)
+            self._temporary = ""
             # The rename itself survives a power cut only once the folder is on disk.
             folder = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
@@ -183,8 +186,11 @@ class GGUFWriter:
         view = memoryview(data)
         if self._digest:
             self._digest.update(view)
-        while len(view):
-            view = view[os.write(self._fd, view) :]
+        try:
+            while len(view):
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            raise self._sentence(error) from error
 
     def _pad(self, offset: int) -> None:
         """Zeros up to the absolute `offset`; in pieces, as a reproduced file's tail may be long."""
@@ -198,10 +204,9 @@ class GGUFWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        try:
+        if self._temporary:
             os.unlink(self._temporary)
-        except FileNotFoundError:
-            pass
+            self._temporary = ""
 
     def _sentence(self, error: OSError) -> ConversionError:
         return ConversionError(f"{self.path}: cannot be written: {error.strerror or error}")

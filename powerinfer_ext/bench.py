@@ -19,9 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import numpy as np
@@ -32,9 +31,8 @@ from rich.table import Table
 from gguf_tools.activations import NATIVE
 from gguf_tools.reader import GGUFFile
 from gguf_tools.sparse import SparseGGUF, is_sparse
-from powerinfer_ext import machine, memory_limit, roofline
+from powerinfer_ext import figures, machine, memory_limit, roofline
 from powerinfer_ext.engines import (
-    BUILT_IN,
     WARM_UP_DECODES,
     Engine,
     EngineFailure,
@@ -46,60 +44,10 @@ from powerinfer_ext.engines import (
 from powerinfer_ext.errors import PowerInferError
 
 FORMAT = "powerinfer.bench.v1"
-SPREAD_THRESHOLD = 0.10  # (max - min) / median of the paired ratios above which we say that we cannot tell
-OTHERS_THRESHOLD = 0.10  # share of the machine's CPU time that other processes may take during a run
 OVERHEAD = 256 << 20  # bytes that an interpreter, llama.cpp, a KV cache and compute buffers may need
 NORMAL_TOKEN = 1  # tokenizer.ggml.token_type
 
-NO_CACHE_NOTE = (
-    "cache_hit_rate is null: this engine keeps all neurons in memory, there is no cache that could be hit "
-    "or missed."
-)
-
 Step = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The two files of a comparison. `sparse_from` and `stock_from` say where each came from."""
-
-    sparse: str
-    stock: str
-    sparse_from: str = "given"
-    stock_from: str = "given"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What every run does: the job's tokens, `prompt` at once and `gen` one by one, `runs` times per
-    engine.
-    """
-
-    tokens: list[int] = field(repr=False)
-    tokens_from: str
-    prompt: int
-    gen: int
-    runs: int
-    threads: int
-    timeout: float
-
-
-@dataclass
-class Series:
-    """The runs of one engine in order; None where it gave no result. `failure` is set once and ends the
-    series.
-    """
-
-    engine: Engine
-    model: str
-    extra_bufts: bool
-    runs: list[dict[str, Any] | None] = field(default_factory=list)
-    others_cpu: list[float] = field(default_factory=list)
-    failure: dict[str, Any] | None = None
-
-    @property
-    def good(self) -> list[dict[str, Any]]:
-        return [run for run in self.runs if run is not None]
 
 
 def bench(
@@ -118,8 +66,7 @@ def bench(
     invocation: str = "powerinfer_ext.bench.bench()",
     step: Step = lambda text: None,
 ) -> dict[str, Any]:
-    """Compare our engine with stock llama-cpp-python (and `engines`, if any), and return the JSON of the
-    command.
+    """Compare our engine with stock llama-cpp-python, and `engines` if any; returns the command's JSON.
 
     Args:
         model: a sparse-GGUF, or a stock GGUF (then it is converted, to a temporary file).
@@ -143,9 +90,12 @@ def bench(
         same = _check_same_model(pair, step)
         step("Reading tokens")
         tokens, tokens_from = _tokens(pair.stock, prompt + gen, text, seed)
-        work = Workload(tokens, tokens_from, prompt, gen, runs, threads, timeout)
+        work = figures.Workload(tokens, tokens_from, prompt, gen, runs, threads, timeout)
         size = os.path.getsize(pair.stock)
         limits = [memory_limit.parse_limit(entry, size) for entry in (memory or ["none"])]
+        for limit in limits:
+            with memory_limit.limited(limit):
+                pass  # raises now, and not after the first condition, when it cannot be done
         everyone = [
             Engine("stock"),
             Engine("sparse"),
@@ -155,6 +105,8 @@ def bench(
         speeds = _speeds(pair.stock)
         about = _machine(pair.stock, threads)
         results = [_condition(pair, everyone, work, limit, speeds, step) for limit in limits]
+        for result in results:
+            result["summary"] = sentences(result)
         first, others = results[0], results[1:]
         return {
             "format": FORMAT,
@@ -179,7 +131,7 @@ def bench(
 
 
 @contextlib.contextmanager
-def _files(model: str, baseline: str | None, step: Step) -> Iterator[Pair]:
+def _files(model: str, baseline: str | None, step: Step) -> Iterator[figures.Pair]:
     """The sparse and the stock file; what is missing is made in a temporary folder beside the model."""
     from gguf_tools.convert import convert
     from gguf_tools.export import export
@@ -190,7 +142,7 @@ def _files(model: str, baseline: str | None, step: Step) -> Iterator[Pair]:
             raise PowerInferError(
                 f"{baseline} is a sparse-GGUF: --baseline wants the stock GGUF to compare with"
             )
-        yield Pair(model, baseline)
+        yield figures.Pair(model, baseline)
         return
     if not sparse and baseline is not None and not is_sparse(baseline):
         raise PowerInferError(
@@ -206,7 +158,7 @@ def _files(model: str, baseline: str | None, step: Step) -> Iterator[Pair]:
         with SparseGGUF.open(model) as file:
             source, size = beside / file.source_name, file.source_size
         if source.is_file() and source.stat().st_size == size:
-            yield Pair(model, str(source), stock_from="found beside the model")
+            yield figures.Pair(model, str(source), stock_from="found beside the model")
             return
     folder = beside if os.access(beside, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".powerinfer-bench-", dir=folder) as temporary:
@@ -215,18 +167,16 @@ def _files(model: str, baseline: str | None, step: Step) -> Iterator[Pair]:
             target = os.path.join(temporary, "stock.gguf")
             report = export(model, target)
             kind = "identical to the source" if report.identical else "with re-quantised tensors"
-            yield Pair(model, target, stock_from=f"exported from the sparse-GGUF, {kind}")
+            yield figures.Pair(model, target, stock_from=f"exported from the sparse-GGUF, {kind}")
         else:
             step("Converting the model to sparse-GGUF")
             target = os.path.join(temporary, "model.sparse.gguf")
             convert(model, target)
-            yield Pair(target, model, sparse_from="converted from the stock GGUF")
+            yield figures.Pair(target, model, sparse_from="converted from the stock GGUF")
 
 
-def _check_same_model(pair: Pair, step: Step) -> str:
-    """How we know that both files hold the same model. Raises PowerInferError when they do not: no
-    comparison then.
-    """
+def _check_same_model(pair: figures.Pair, step: Step) -> str:
+    """How we know that both files hold the same model. Raises PowerInferError when they do not."""
     with SparseGGUF.open(pair.sparse) as sparse, GGUFFile.open(pair.stock) as stock:
         problems = []
         if stock.metadata.get("general.architecture") != sparse.architecture:
@@ -258,7 +208,7 @@ def _check_same_model(pair: Pair, step: Step) -> str:
     return "the stock file's SHA-256 is that of the source in the sparse one"
 
 
-def _describe(pair: Pair, same: str) -> dict[str, Any]:
+def _describe(pair: figures.Pair, same: str) -> dict[str, Any]:
     with SparseGGUF.open(pair.sparse) as sparse:
         native = NATIVE.get(sparse.architecture, (None, False))[0]
         metadata = sparse.file.metadata
@@ -304,13 +254,20 @@ def _tokens(path: str, count: int, text: str | None, seed: int) -> tuple[list[in
 
 
 def _condition(
-    pair: Pair, engines: list[Engine], work: Workload, limit: int | None, speeds: dict[str, Any], step: Step
+    pair: figures.Pair,
+    engines: list[Engine],
+    work: figures.Workload,
+    limit: int | None,
+    speeds: dict[str, Any],
+    step: Step,
 ) -> dict[str, Any]:
     """Measure every engine under `limit` bytes of memory (None: all there is)."""
     # Repacked weights are copies that cannot be paged out: below the model's size stock would only be killed.
     repack = limit is None or limit > 1.1 * os.path.getsize(pair.stock) + OVERHEAD
     series = [
-        Series(engine, pair.sparse if engine.is_sparse else pair.stock, True if engine.is_sparse else repack)
+        figures.Series(
+            engine, pair.sparse if engine.is_sparse else pair.stock, True if engine.is_sparse else repack
+        )
         for engine in engines
     ]
     for entry in series:
@@ -330,12 +287,10 @@ def _condition(
                 step(f"Run {number + 1} of {work.runs}: {entry.engine.name}{at}")
                 how = _one_run(entry, work, limit, cached)
     named = {entry.engine.name: entry for entry in series}
-    touched = {name: _touched(entry) for name, entry in named.items() if entry.engine.template is None}
-    summaries = {name: _summary(entry, work) for name, entry in named.items()}
-    ratio = _ratio(named["stock"], named["sparse"])
-    ratio["engines"] = {
-        name: _ratio(entry, named["sparse"]) for name, entry in named.items() if name != "sparse"
-    }
+    touched = {name: figures.touched(entry) for name, entry in named.items() if entry.engine.template is None}
+    summaries = {name: figures.summary(entry, work) for name, entry in named.items()}
+    comparable = figures.comparable(pair, named, work)
+    ratio = figures.ratios(named, comparable)
     return {
         "memory_limit": {
             "bytes": limit,
@@ -348,17 +303,16 @@ def _condition(
         "sparse": summaries.pop("sparse"),
         "engines": summaries,
         "ratio": ratio,
-        "roofline": _roofline(named, touched, speeds, limit),
-        "comparable": _comparable(pair, named, work),
-        "noise": _noise(named, ratio, load_before),
+        "roofline": figures.limits(named, touched, speeds, limit),
+        "comparable": comparable,
+        "noise": figures.noise(named, ratio, load_before),
     }
 
 
-def _does_not_fit(entry: Series, limit: int | None) -> dict[str, Any] | None:
+def _does_not_fit(entry: figures.Series, limit: int | None) -> dict[str, Any] | None:
     """Why our engine cannot run in `limit` bytes (None: in what is free), as a failure; None when it can.
 
-    It keeps all weights in memory, so this is decided without trying. Stock can page mapped weights in and
-    out.
+    It keeps all weights in memory, so this is decided without trying; stock can page mapped weights.
     """
     if not entry.engine.is_sparse:
         return None
@@ -376,9 +330,10 @@ def _does_not_fit(entry: Series, limit: int | None) -> dict[str, Any] | None:
     }
 
 
-def _prepare_cache(pair: Pair, limit: int | None, step: Step) -> str:
-    """State of the page cache: "warm" (both files were read once), "dropped" (before every run), or "as it was"
-    for files too large to be kept there.
+def _prepare_cache(pair: figures.Pair, limit: int | None, step: Step) -> str:
+    """State of the page cache: "warm", "dropped" (before every run), or "as it was" for large files.
+
+    Warm: both files are read once, so that no engine pays for bringing them in.
     """
     if limit is not None:
         return "dropped"
@@ -391,7 +346,7 @@ def _prepare_cache(pair: Pair, limit: int | None, step: Step) -> str:
     return "warm"
 
 
-def _one_run(entry: Series, work: Workload, limit: int | None, cached: str) -> str:
+def _one_run(entry: figures.Series, work: figures.Workload, limit: int | None, cached: str) -> str:
     """Run one engine once, appending to its series; returns how memory was limited."""
     left = memory_limit.drop_cached(entry.model) if cached == "dropped" else None
     job = Job(entry.model, work.prompt, work.gen, work.threads, work.tokens, entry.extra_bufts)
@@ -408,17 +363,17 @@ def _one_run(entry: Series, work: Workload, limit: int | None, cached: str) -> s
             }
             entry.runs.append(None)
             return bounds.how
+        after = _cpu_times()
+    result["others_cpu_share"] = _others_share(before, after, result["cpu_s"])
     result["page_cache_before_bytes"] = left
     result["page_cache_bytes"] = memory_limit.cached_bytes(entry.model)
-    entry.others_cpu.append(_others_share(before, _cpu_times(), result["cpu_s"]))
+    entry.others_cpu.append(result["others_cpu_share"])
     entry.runs.append(result)
     return bounds.how
 
 
 def _cpu_times() -> tuple[float, float]:
-    """(busy, all) CPU seconds of the whole machine since it started, all cores together; stolen time is
-    busy.
-    """
+    """(busy, all) CPU seconds of the machine since it started, over all cores; stolen time is busy."""
     ticks = [int(number) for number in machine.read_text("/proc/stat").split("\n", 1)[0].split()[1:9]]
     user, nice, system, idle, iowait, irq, softirq, steal = (
         tick / os.sysconf("SC_CLK_TCK") for tick in ticks
@@ -428,181 +383,12 @@ def _cpu_times() -> tuple[float, float]:
 
 
 def _others_share(before: tuple[float, float], after: tuple[float, float], own: float) -> float:
-    """Share of the machine's CPU time between two `_cpu_times` that was busy, but not with our child's
-    `own` seconds.
-    """
+    """Share of CPU time between two `_cpu_times` that went neither idle nor to our child (`own` seconds)."""
     busy, everything = after[0] - before[0], after[1] - before[1]
     return max(0.0, busy - own) / everything if everything > 0 else 0.0
 
 
-# ---- figures -------------------------------------------------------------------------------------
-
-
-def _summary(entry: Series, work: Workload) -> dict[str, Any]:
-    """Medians over an engine's runs, and the runs; figures that the engine does not have are None."""
-    good = entry.good
-
-    def middle(key: str) -> float | None:
-        values = [run[key] for run in good if run.get(key) is not None]
-        return median(values) if values else None
-
-    def most(key: str) -> int | None:
-        return max((run[key] for run in good if run.get(key) is not None), default=None)
-
-    def per_token(key: str) -> float | None:
-        value = middle(key)
-        return None if value is None else value / work.gen
-
-    latencies = [run["latencies_ms"] for run in good if run.get("latencies_ms")]
-    built_in = entry.engine.template is None
-    summary: dict[str, Any] = {
-        "engine": entry.engine.name,
-        "what": BUILT_IN.get(entry.engine.name, entry.engine.template),
-        "file": Path(entry.model).name,
-        "settings": {"threads": work.threads, "extra_bufts": entry.extra_bufts if built_in else None},
-        "load_s": middle("load_s"),
-        "ttft_s": middle("ttft_s"),
-        "prefill_tps": middle("prefill_tps"),
-        "decode_tps": middle("decode_tps"),
-        "spread": {phase: spread([run[f"{phase}_tps"] for run in good if run.get(f"{phase}_tps")])
-                   for phase in ("prefill", "decode")},
-        "latency_ms": _percentiles(latencies),
-        "latency_over_tokens_ms": [median(column) for column in zip(*latencies, strict=True)],
-        "peak_bytes": most("peak_bytes"),
-        "peak_anonymous_bytes": most("peak_anonymous_bytes"),
-        "peak_file_bytes": most("peak_file_bytes"),
-        "page_cache_bytes": most("page_cache_bytes"),
-        "group_peak_bytes": most("group_peak_bytes"),
-        "bytes_read_per_token": per_token("decode_read_bytes"),
-        "load_read_bytes": middle("load_read_bytes"),
-        "major_faults_per_token": per_token("major_faults_decode"),
-        "runs": [_public(run) for run in good],
-        "error": None,
-        "output": None,
-        "fits": True if good else None,
-        "needs_bytes": None,
-        **(entry.failure or {}),
-    }  # fmt: skip
-    if entry.engine.is_sparse:
-        layers = _layers(good)
-        summary["density"] = sum(row["density"] for row in layers) / len(layers) if layers else None
-        summary["cache_hit_rate"] = None
-        summary["notes"] = [NO_CACHE_NOTE]
-        summary["layers"] = layers
-    return summary
-
-
-def spread(values: list[float]) -> float | None:
-    """(largest - smallest) / median; None for fewer than two values."""
-    return (max(values) - min(values)) / median(values) if len(values) > 1 else None
-
-
-def _percentiles(latencies: list[list[float]]) -> dict[str, float | None]:
-    """Over the tokens of all runs together."""
-    names = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
-    if not latencies:
-        return dict.fromkeys((*names, "mean"))
-    pooled = np.concatenate([np.asarray(row) for row in latencies])
-    return {
-        **{name: float(np.percentile(pooled, p)) for name, p in names.items()},
-        "mean": float(pooled.mean()),
-    }
-
-
-def _layers(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per FFN layer, of the last run's decode steps (the counts are the same in all): density, and share
-    read.
-    """
-    rows = []
-    for layer in runs[-1]["sparse"]["layers"] if runs else []:
-        decode = layer["decode"]
-        evaluated = decode["selected"] / decode["density"] if decode["density"] else 0
-        rows.append(
-            {
-                "layer": layer["layer"],
-                "neurons": layer["neurons"],
-                "density": decode["density"] or 0.0,
-                "computed": decode["touched"] / evaluated if evaluated else 0.0,
-                "prefill_and_decode_density": layer["density"],
-            }
-        )
-    return rows
-
-
-def _public(run: dict[str, Any]) -> dict[str, Any]:
-    """A run without what is elsewhere (counters per layer) or of no use to a reader (the likeliest
-    tokens).
-    """
-    return {key: value for key, value in run.items() if key not in ("sparse", "likeliest", "engine")}
-
-
-def _ratio(other: Series, ours: Series) -> dict[str, Any]:
-    """Our speed over another engine's: medians of the paired runs, and their spread."""
-    pairs = [(a, b) for a, b in zip(other.runs, ours.runs, strict=False) if a is not None and b is not None]
-    out: dict[str, Any] = {"decode": None, "prefill": None, "spread": None, "pairs": len(pairs)}
-    if not pairs:
-        failed = [
-            f"{entry.engine.name}: {entry.failure['error']}" for entry in (ours, other) if entry.failure
-        ]
-        return {**out, "reason": "; ".join(failed) or "there is no pair of runs"}
-    for phase in ("decode", "prefill"):
-        ratios = [b[f"{phase}_tps"] / a[f"{phase}_tps"] for a, b in pairs if a.get(f"{phase}_tps")]
-        if ratios:
-            out[phase] = median(ratios)
-            out[f"{phase}_runs"] = ratios
-            out["spread" if phase == "decode" else "prefill_spread"] = spread(ratios)
-    return out
-
-
-def _touched(entry: Series) -> roofline.TokenBytes:
-    """Weights that a token touches, with the shares of neurons that were computed in the runs."""
-    computed = (
-        {row["layer"]: row["computed"] for row in _layers(entry.good)} if entry.engine.is_sparse else None
-    )
-    return roofline.token_bytes(entry.model, computed)
-
-
-def _roofline(
-    named: dict[str, Series],
-    touched: dict[str, roofline.TokenBytes],
-    speeds: dict[str, Any],
-    limit: int | None,
-) -> dict[str, Any]:
-    """Bounds of the built-in engines; at the top those of ours (None where it did not run)."""
-    memory, disk = speeds["memory"], speeds["disk"]
-    engines = {}
-    for name, parts in touched.items():
-        good = named[name].good
-        if not good or memory is None:
-            continue
-        limits = roofline.bound(parts, memory, disk, limit)
-        measured = median(run["decode_tps"] for run in good)
-        engines[name] = {
-            **limits,
-            "attention_and_rest_bytes": parts.attention_and_rest,
-            "ffn_deciding_bytes": parts.ffn_deciding,
-            "ffn_neurons_bytes": parts.ffn_neurons,
-            "decode_tps": measured,
-            "fraction": measured / limits["bound_tps"],
-        }
-    ours = engines.get("sparse", {})
-    small = [
-        name for name, entry in engines.items() if entry["bytes_per_token"] < 4 * machine.last_level_cache()
-    ]
-    return {
-        "memory_gbps": None if memory is None else memory / 1e9,
-        "disk_gbps": None if disk is None else disk / 1e9,
-        "disk": speeds["disk_table"],
-        "bound_tps": ours.get("bound_tps"),
-        "fraction": ours.get("fraction"),
-        "last_level_cache_bytes": machine.last_level_cache(),
-        "engines": engines,
-        "notes": [
-            f"{name}: a token touches less than four times the last-level cache, so the cache serves part "
-            "of it and the "
-            "bound by memory bandwidth does not hold" for name in small
-        ],
-    }  # fmt: skip
+# ---- the machine -----------------------------------------------------------------------------------
 
 
 def _speeds(path: str) -> dict[str, Any]:
@@ -616,73 +402,6 @@ def _speeds(path: str) -> dict[str, Any]:
         "memory": memory,
         "disk": max((row.rate for row in rows), default=None),
         "disk_table": [{"block": row.block, "depth": row.depth, "gbps": row.rate / 1e9} for row in rows],
-    }
-
-
-def _comparable(pair: Pair, named: dict[str, Series], work: Workload) -> dict[str, Any]:
-    """May the runs be compared? With reasons if not, and how far two engines agreed on the likeliest next
-    tokens.
-    """
-    reasons = []
-    stock, sparse = named["stock"].good, named["sparse"].good
-    if stock and sparse and stock[0]["n_vocab"] != sparse[0]["n_vocab"]:
-        reasons.append(f"vocabularies of {stock[0]['n_vocab']} and {sparse[0]['n_vocab']} tokens")
-    if any(run["plugin_loaded"] for run in stock):
-        reasons.append("the plugin was loaded in the process of stock")
-    for name, entry in named.items():
-        for result in entry.good:
-            wrong = _wrong_counts(result, work, exact=entry.engine.template is None)
-            if wrong:
-                reasons.append(f"{name}: {wrong}")
-                break
-    return {"ok": not reasons, "reasons": reasons, "top1_agreement": _agreement(pair, stock, sparse)}
-
-
-def _wrong_counts(result: dict[str, Any], work: Workload, exact: bool) -> str:
-    """A sentence when the token counts are not those asked for. llama.cpp takes its first token from the
-    prompt.
-    """
-    read, wrote = result.get("prefill_tokens"), result.get("decode_tokens")
-    if read is None or wrote is None:
-        return "it does not print how many tokens it read and wrote"
-    if read != work.prompt or wrote not in ((work.gen,) if exact else (work.gen, work.gen - 1)):
-        return f"it read {read} and wrote {wrote} tokens instead of {work.prompt} and {work.gen}"
-    return ""
-
-
-def _agreement(pair: Pair, stock: list[dict[str, Any]], sparse: list[dict[str, Any]]) -> float | None:
-    """Share of decode steps in which both find the same token likeliest; None where stock computes
-    something else.
-    """
-    if not stock or not sparse:
-        return None
-    with SparseGGUF.open(pair.sparse) as file:
-        if NATIVE.get(file.architecture, (None,))[0] != file.activation:
-            return None
-    pairs = list(zip(stock[0]["likeliest"], sparse[0]["likeliest"], strict=True))
-    return sum(a == b for a, b in pairs) / len(pairs)
-
-
-def _noise(
-    named: dict[str, Series], ratio: dict[str, Any], load_before: tuple[float, float, float]
-) -> dict[str, Any]:
-    """Was the machine quiet enough to tell?"""
-    reasons = []
-    others = {name: max(entry.others_cpu) for name, entry in named.items() if entry.others_cpu}
-    worst = max(others.values(), default=0.0)
-    if worst > OTHERS_THRESHOLD:
-        reasons.append(f"other processes took up to {worst:.0%} of the CPU time during a run")
-    if ratio["spread"] is not None and ratio["spread"] > SPREAD_THRESHOLD:
-        reasons.append(f"the ratio of decode speeds varied by {ratio['spread']:.0%} from pair to pair")
-    elif ratio["decode"] is not None and ratio["spread"] is None:
-        reasons.append("a single pair of runs has no spread")
-    return {
-        "quiet": not reasons,
-        "reasons": reasons,
-        "spread_threshold": SPREAD_THRESHOLD,
-        "others_cpu_threshold": OTHERS_THRESHOLD,
-        "others_cpu_share": others,
-        "load_average_before": list(load_before),
     }
 
 
@@ -773,13 +492,13 @@ def memory_words(condition: dict[str, Any]) -> str:
 
 
 def sentences(condition: dict[str, Any]) -> list[str]:
-    """The outcome of a condition in words: failures, the ratio, the limit of the hardware, and what to
-    doubt.
-    """
+    """The outcome in words: failures, the ratio, the limit of the hardware, and what to doubt."""
     lines = [f"{name}: {entry['error']}" for name, entry in rows(condition).items() if entry["error"]]
     for name, entry in rows(condition).items():
         if entry["error"] and entry.get("output"):
             lines.append(f"{name}'s last output: {entry['output'].splitlines()[-1]}")
+    if condition["baseline"]["settings"]["extra_bufts"] is False and not condition["baseline"]["error"]:
+        lines.append("Stock ran without repacking weights: repacked copies cannot be paged out.")
     ratio, roof = condition["ratio"], condition["roofline"]
     if ratio["decode"] is not None:
         between = "" if ratio["spread"] is None else f" (spread {ratio['spread']:.1%})"
@@ -789,7 +508,7 @@ def sentences(condition: dict[str, Any]) -> list[str]:
         )
     density = condition["sparse"]["density"]
     if density is not None:
-        lines.append(f"Computed {density:.1%} of the neurons (the routed experts' in a mixture).")
+        lines.append(f"Computed {density:.1%} of the FFN neurons while decoding.")
     for name, entry in roof["engines"].items():
         lines.append(
             f"{name}: a token touches {entry['bytes_per_token'] / 1e6:.1f} MB of weights; at "
@@ -873,8 +592,8 @@ def command(
 ) -> None:
     """Measure our engine against stock llama-cpp-python, with the limit of the hardware beside it.
 
-    Each engine runs in processes of its own, in turns, and decodes the same given tokens. Exit code 1 when
-    an engine of ours or stock gave no result for another reason than memory.
+    Each engine runs in processes of its own, in turns, and decodes the same given tokens. The exit code is 1
+    when stock or ours failed, other than for want of memory.
     """
     try:
         engines = [parse_engine(entry) for entry in engine or []]
@@ -934,3 +653,57 @@ def _named(model: str) -> str:
         return str(find(model).path)
     except ValueError as error:
         raise PowerInferError(f"{model}: there is no such file, and {error}") from None
+
+
+# ---- the demo's second half -----------------------------------------------------------------------
+
+DEMO_SHAPE, DEMO_LAYERS, DEMO_DENSITY = "mistral-7b", 6, 0.1  # 0.9 GB as Q4_0
+DEMO_MEMORY = ("none", "50%")
+
+
+def demo_comparison(
+    console: Console,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    shape: str = DEMO_SHAPE,
+    layers: int = DEMO_LAYERS,
+    density: float = DEMO_DENSITY,
+    memory: tuple[str, ...] = DEMO_MEMORY,
+    prompt: int = 64,
+    gen: int = 24,
+    runs: int = 2,
+    step: Step = lambda text: None,
+) -> dict[str, Any]:
+    """Make a model with the shape of a real one, compare us with stock on it, print and return the result.
+
+    With the defaults: under 1 GB and under a minute to make, about two to measure. The weights are random
+    and the share of neurons that fires is set, so speed is all there is to see. A limit that cannot be set
+    is said, and left out. Raises PowerInferError when disk or memory do not suffice.
+
+    folder: where to put the files (2 GB, removed afterwards); default: a temporary one.
+    """
+    from gguf_tools.convert import convert
+    from gguf_tools.synth import run as synthesise
+
+    with tempfile.TemporaryDirectory(prefix="powerinfer-demo-", dir=folder) as temporary:
+        stock = os.path.join(temporary, "model.gguf")
+        step(f"Making a model of {layers} layers with the shape of {shape}")
+        made = synthesise(stock, shape, layers=layers, density=density)
+        sparse = os.path.join(temporary, "model.sparse.gguf")
+        step("Converting it to sparse-GGUF")
+        convert(stock, sparse)
+        console.print(
+            f"{layers} layers of {shape} with random weights ({made.output_bytes / 1e6:.0f} MB, made in "
+            f"{made.seconds:.0f} s), of whose FFN neurons {density:.0%} fire.",
+            markup=False,
+        )
+        options = {"baseline": stock, "prompt": prompt, "gen": gen, "runs": runs, "step": step}
+        try:
+            result = bench(sparse, memory=list(memory), invocation="powerinfer demo", **options)
+        except PowerInferError as error:
+            if "memory cannot be limited" not in str(error):
+                raise
+            console.print(f"Without the comparison in less memory: {error}", markup=False)
+            result = bench(sparse, invocation="powerinfer demo", **options)
+    render(result, console)
+    return result

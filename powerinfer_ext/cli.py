@@ -9,10 +9,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -25,7 +27,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # main() says it in one sentence
-    help="Run GGUF models computing only the FFN neurons that fire, on stock llama-cpp-python.",
     epilog="[bold]Start here[/bold]: powerinfer demo",
 )
 
@@ -71,12 +72,29 @@ def _examples(*lines: str) -> str:
     return "[bold]Examples[/bold]\n\n" + "\n\n".join(f"  {line}" for line in lines)
 
 
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        for package in ("powerinfer-ext", "llama-cpp-python"):
+            print(package, version(package))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    versions: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_versions, help="Show versions and exit."),
+    ] = False,
+) -> None:
+    """Run GGUF models computing only the FFN neurons that fire, on stock llama-cpp-python."""
+
+
 @app.command(
     epilog=_examples("powerinfer demo", "powerinfer demo --keep demo-files", "powerinfer demo --json")
 )
 def demo(
     keep: Annotated[Path | None, typer.Option(help="Keep the converted model in this folder.")] = None,
-    threads: Threads = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; the model is too small for many.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Convert a bundled model, run it with stock and with us, and compare the two. Takes under a minute."""
@@ -99,8 +117,7 @@ def models(as_json: Json = False) -> None:
     found = bundled()
     if as_json:
         return _print_json([dataclasses.asdict(model) for model in found])
-    table = Table("name", "architecture", "activation", "parameters", "held-out\nperplexity", "density")
-    table.columns[0].no_wrap = True
+    table = Table("name", "architecture", "activation", "size", "ppl", "density", box=SIMPLE_HEAD)
     for model in found:
         table.add_row(
             model.name,
@@ -112,6 +129,7 @@ def models(as_json: Json = False) -> None:
         )
     out.print(table)
     if found:
+        _say("ppl: perplexity on held-out text; density: share of neurons that fire")
         _say(f"Files: {found[0].path.parent}")
 
 
@@ -304,7 +322,14 @@ def eval_(
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=4, help="How many tokens to read.")] = 4096,
-    window: Annotated[int, typer.Option(min=4, help="Tokens per window; each has an empty context.")] = 512,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=4,
+            help="Tokens per window; each starts with an empty context.",
+            show_default="512, or the model's context where that is less",
+        ),
+    ] = None,
     mode: Annotated[
         EvalMode, typer.Option(help="Read a window at once (prefill), token by token (decode), or try both.")
     ] = EvalMode.both,

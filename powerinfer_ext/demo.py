@@ -14,10 +14,10 @@ from rich.table import Table
 
 from powerinfer_ext import models
 from powerinfer_ext.evaluate import agreement_table, evaluate, layer_table
-from powerinfer_ext.run import default_threads, generate, open_model
+from powerinfer_ext.run import generate, open_model
 
 MODEL = "arcee-relu2"
-PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
+PROMPT = "def is_number(text):\n    try:\n        float(text)\n"
 NOTE_ON_SPEED = (
     "This model is so small that it fits into the processor's cache, where skipping neurons saves next to "
     "nothing: the speeds above say nothing about models that have to be read from memory."
@@ -35,17 +35,17 @@ def demo(
     prompt: str = PROMPT,
     max_tokens: int = 64,
     eval_tokens: int = 512,
-    threads: int | None = None,
+    threads: int = 1,
     step: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Run the demonstration and return what it found; `step` is told what is being done.
 
     keep: a folder for the converted file; by default it goes to a temporary one that is removed.
+    threads: one is enough, for a model this small several have more to wait than to do.
     """
     from gguf_tools.convert import convert
 
     model = models.find(MODEL)
-    threads = threads or default_threads()
     with ExitStack() as stack:
         if keep is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="powerinfer-demo-")))
@@ -71,7 +71,6 @@ def demo(
             str(model.path),
             Path(model.heldout_text).read_text(encoding="utf-8"),
             tokens=eval_tokens,
-            window=256,
             threads=threads,
         )
         return {
@@ -82,6 +81,7 @@ def demo(
             "sparse_path": str(sparse_path) if keep is not None else None,
             "stock": asdict(generations["stock"]),
             "sparse": asdict(generations["sparse"]),
+            "threads": threads,
             "same_text": generations["stock"].text == generations["sparse"].text,
             "layers": stats["layers"],
             "agreement": agreement,
@@ -100,7 +100,7 @@ def render(result: dict[str, Any], console: Console) -> None:
     console.print()
     console.print(layer_table(result["layers"]))
     console.print(agreement_table(result["agreement"]))
-    speed = Table("tokens/s", "prefill", "decode", title="Speed")
+    speed = Table("tokens/s", "prefill", "decode", title=f"Speed, threads: {result['threads']}")
     for who in ("stock", "sparse"):
         speed.add_row(who, *(f"{result[who][f'{phase}_tps'] or 0:.0f}" for phase in ("prefill", "decode")))
     console.print(speed)

@@ -42,9 +42,7 @@ _TAIL = 1500  # characters of a failed engine's output that are kept
 
 @dataclass(frozen=True)
 class Engine:
-    """Something to measure: a built-in engine, or a command template with `PLACEHOLDERS` when `template`
-    is set.
-    """
+    """Something to measure: a built-in engine, or, with `template`, a command with `PLACEHOLDERS`."""
 
     name: str
     template: str | None = None
@@ -59,9 +57,8 @@ class Engine:
 class Job:
     """What every engine has to do: read `prompt` tokens at once, then `gen` tokens one by one.
 
-    tokens: prompt + gen token ids, the same for all (teacher-forced: what an engine predicts is not fed
-    back). extra_bufts: may weights be repacked into layouts of their own (stock's default; such copies
-    cannot be paged out).
+    tokens: prompt + gen token ids, the same for all (teacher-forced: predictions are not fed back).
+    extra_bufts: may weights be repacked into other layouts (stock's default; such copies cannot be paged).
     """
 
     model: str
@@ -83,9 +80,7 @@ class EngineFailure(Exception):
 
 
 def parse_engine(text: str) -> Engine:
-    """An engine from the command line: a built-in name or NAME=COMMAND. Raises ValueError with one
-    sentence.
-    """
+    """An engine from the command line: a built-in name or NAME=COMMAND. Raises ValueError, one sentence."""
     name, equals, template = text.partition("=")
     name = name.strip()
     if not equals:
@@ -95,7 +90,7 @@ def parse_engine(text: str) -> Engine:
                 "NAME=COMMAND with {model}, {prompt}, {gen} and {threads} in the command"
             )
         return Engine(name)
-    if name in BUILT_IN or not re.fullmatch(r"[\w.+-]{1,40}", name):
+    if name in BUILT_IN or not re.fullmatch(r"[\w+-]{1,40}", name):
         raise ValueError(
             f"engine name {name!r} is taken or is not a plain word; choose another before the = of --engine"
         )
@@ -117,9 +112,7 @@ def parse_engine(text: str) -> Engine:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended: what it printed, its wall and CPU seconds, and, if it was watched, its peak resident
-    set in bytes.
-    """
+    """How a child ended. `peak`: largest resident set in bytes, if it was watched; times in seconds."""
 
     returncode: int
     stdout: str
@@ -133,7 +126,7 @@ class Outcome:
 def run(
     engine: Engine, job: Job, limit: memory_limit.Limit = memory_limit.NO_LIMIT, timeout: float = 1800
 ) -> Any:
-    """Run `engine` once and return its measurements as a dict (see `_worker` and `_external`).
+    """Run `engine` once and return its measurements (see `_worker` and `parse_timings`).
 
     Raises EngineFailure when it crashes, does not end within `timeout` seconds, or prints no timings.
     """
@@ -157,9 +150,8 @@ def run(
     if outcome.returncode != 0:
         killed = limit.oom_kills() > 0 or (limit.limit is not None and outcome.returncode == -signal.SIGKILL)
         if killed:
-            reason = (
-                f"engine {engine.name} was killed by the kernel for exceeding {limit.limit} bytes of memory"
-            )
+            size = (limit.limit or 0) / 1e6
+            reason = f"engine {engine.name} was killed by the kernel for exceeding {size:.0f} MB of memory"
         else:
             reason = describe_end(outcome.returncode, outcome.stderr, f"engine {engine.name}").reason
         raise EngineFailure(reason, output, out_of_memory=killed)
@@ -206,9 +198,13 @@ def _run_child(command: list[str], request: str, timeout: float, watch: bool = F
         )
         timed_out = threading.Event()
 
+        def kill() -> None:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                os.killpg(child.pid, signal.SIGKILL)
+
         def stop() -> None:
             timed_out.set()
-            os.killpg(child.pid, signal.SIGKILL)
+            kill()
 
         timer = threading.Timer(timeout, stop)
         timer.start()
@@ -219,7 +215,7 @@ def _run_child(command: list[str], request: str, timeout: float, watch: bool = F
                 time.sleep(0.1)
             _, status, usage = os.wait4(child.pid, 0)
         except BaseException:  # Ctrl-C goes to us alone, the child is in a group of its own
-            os.killpg(child.pid, signal.SIGKILL)
+            kill()
             os.wait4(child.pid, 0)
             raise
         finally:

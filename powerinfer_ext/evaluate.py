@@ -28,6 +28,7 @@ from rich.table import Table
 from powerinfer_ext.errors import PowerInferError
 from powerinfer_ext.hook import sparse_loading
 from powerinfer_ext.loader import Options
+from powerinfer_ext.run import trained_context
 
 MODES = ("prefill", "decode")
 _ROWS = 64  # positions compared at a time: bounds the float64 copies to 64 x n_vocab
@@ -221,7 +222,7 @@ def evaluate(
     *,
     reference: tuple[str, str] | None = None,
     tokens: int = 4096,
-    window: int = 512,
+    window: int | None = None,
     modes: Iterable[str] = MODES,
     floor: bool = True,
     threads: int = 1,
@@ -232,7 +233,8 @@ def evaluate(
     Args:
         dense_path: the stock GGUF to compare with, or None to compare with a reference.
         reference: (dense GGUF, activation) for the numpy forward pass, where stock has another activation.
-        window: tokens per window, each with a fresh KV cache.
+        window: tokens per window, each with a fresh KV cache; None for 512, or the context that the model was
+            trained with where that is less.
         modes: of "prefill" and "decode", which to evaluate.
         floor: also measure how far stock is from itself (needs dense_path, and loads it twice).
         progress: called with (tokens read, tokens to read in all); each model reads each window.
@@ -241,6 +243,7 @@ def evaluate(
     KL; `modes` has them all. `stock_self` and `stock_prefill_vs_decode` are None without the floor.
     """
     modes = tuple(modes)
+    window = window or trained_context(sparse_path, at_most=512)
     floor = floor and dense_path is not None
     with contextlib.ExitStack() as stack:
         settings = {"window": window, "threads": threads}

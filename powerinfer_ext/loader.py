@@ -222,6 +222,8 @@ def _open_model(
             kept.append(ffi.from_buffer("int32_t[]", layer.order))
             spec.order = kept[-1]
         spec.file_offset = layer.bundle.offset
+        if layer.scale_tensor is not None:
+            spec.scale_offset = layer.scale_tensor.offset
     threads = len(os.sched_getaffinity(0))
     model = lib.pi_model_open(
         sparse.file.fd, len(layers), specs, _ACTIVATIONS[sparse.activation], threads, message, _ERROR_SIZE

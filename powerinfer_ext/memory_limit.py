@@ -286,8 +286,7 @@ def read_ahead(path: str | os.PathLike[str], kib: int = READ_AHEAD_KB) -> Iterat
     Yields the value in force, in KiB: the old one where we may not change it, None where there is no device.
     """
     before = machine.read_ahead_kb(path)
-    device = os.stat(path).st_dev
-    setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    setting = _read_ahead_file(path)
     if before is None or before == kib or not os.access(setting, os.W_OK):
         yield before
         return
@@ -297,6 +296,11 @@ def read_ahead(path: str | os.PathLike[str], kib: int = READ_AHEAD_KB) -> Iterat
             yield machine.read_ahead_kb(path)
         finally:
             setting.write_text(str(before))
+
+
+def _read_ahead_file(path: str | os.PathLike[str]) -> Path:
+    device = os.stat(path).st_dev
+    return Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ def resident_bytes(path: str) -> int:
 # ---- the machine ---------------------------------------------------------------------------------
 
 
-def memory_bandwidth(seconds: float = 1.5) -> float:
+def memory_bandwidth(seconds: float = 3.0) -> float:
     """Bytes per second that all allowed cores together read from memory, the best of two ways to read.
 
     One is numpy's maximum (vector loads), the other libc's memchr for a byte that is not there (both

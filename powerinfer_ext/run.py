@@ -39,7 +39,7 @@ def open_model(
     ctx: in tokens; 0: what the model was trained with, but at most 4096. seed: None for a new one each time.
     """
     if ctx == 0:
-        ctx = _trained_context(path)
+        ctx = trained_context(path)
     threads = threads or default_threads()
     llama = Llama(
         path,
@@ -54,7 +54,7 @@ def open_model(
     return llama
 
 
-def _trained_context(path: str, at_most: int = 4096) -> int:
+def trained_context(path: str, at_most: int = 4096) -> int:
     """The context length in the file's metadata, `at_most` where it is longer or not stated."""
     from gguf_tools.reader import GGUFFile
 

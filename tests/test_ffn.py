@@ -72,6 +72,50 @@ def open_layer(
     return Layer(up, down, ffi.gc(model, lib.pi_model_close))
 
 
+def open_scaled_layer(
+    folder: Path, rng: np.random.Generator, order: np.ndarray | None, experts: int
+) -> tuple[np.ndarray, Any]:
+    """An ungated layer of I8 columns: down as float64 [n_expert or 1, n_ff, n_embd] in stored order, struct pi_model."""
+    ffi, lib = native()
+    n = max(experts, 1)
+    order = np.broadcast_to(np.arange(N_FF, dtype=np.int32), (n, N_FF)) if order is None else order
+    columns = rng.integers(-128, 128, (n, N_FF, N_EMBD)).astype(np.int8)
+    scales = rng.uniform(-0.01, 0.01, (n, N_FF // 32, N_EMBD)).astype(np.float16)
+    scales[0, 0, :4] = [0, 6e-8, -3e-5, 6e4]  # zero, subnormals, large
+    path = folder / "scaled"
+    path.write_bytes(columns.tobytes() + scales.tobytes())
+    order = np.ascontiguousarray(order)
+    spec = ffi.new("struct pi_layer_spec[1]")
+    name = ffi.new("char[]", b"blk.0.ffn_down.weight")
+    spec[0].down_name, spec[0].n_embd, spec[0].n_ff, spec[0].n_expert = name, N_EMBD, N_FF, experts
+    spec[0].stride, spec[0].down_type, spec[0].down_source_type = N_EMBD, 24, 0
+    spec[0].scale_offset = columns.nbytes
+    spec[0].order = ffi.cast("int32_t *", order.ctypes.data)
+    message = ffi.new("char[]", 256)
+    with open(path, "rb") as file:
+        model = lib.pi_model_open(file.fileno(), 1, spec, NATIVE, 1, message, 256)
+        assert model != ffi.NULL, ffi.string(message)
+        spec[0].scale_offset += 2
+        assert lib.pi_model_open(file.fileno(), 1, spec, NATIVE, 1, message, 256) == ffi.NULL
+        assert b"table of scales" in ffi.string(message)
+    table = np.take_along_axis(scales.astype(np.float64), (order // 32)[:, :, None], axis=1)
+    return columns * table, ffi.gc(model, lib.pi_model_close)
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_columns_of_integers_find_their_scales(tmp_path: Path, experts: int, shuffle: bool) -> None:
+    rng = np.random.default_rng(8)
+    order = rng.permuted(np.broadcast_to(np.arange(N_FF, dtype=np.int32), (max(experts, 1), N_FF)), axis=1)
+    down, model = open_scaled_layer(tmp_path, rng, order if shuffle else None, experts)
+    layer = Layer(None, down, model)
+    for rows in (1, 2, 40):
+        h = sparse_values(rng, rows, 0.3)
+        expert = rng.integers(0, experts, rows).astype(np.int32) if experts else None
+        out, _ = run(layer, h, None, expert, 2)
+        assert_close(out, expected(layer, h, None, expert, NATIVE)[0], 1e-6)
+
+
 def pointer(array: np.ndarray | None) -> Any:
     ffi, _ = native()
     kind = "int32_t *" if array is not None and array.dtype == np.int32 else "float *"
