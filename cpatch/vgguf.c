@@ -122,7 +122,11 @@ struct pi_vgguf *pi_vgguf_open(int fd, const void *header, int64_t header_size, 
         return NULL;
     }
     v->file = fopencookie(v, "rb", (cookie_io_functions_t){.read = vgguf_read, .seek = vgguf_seek});
-    if (v->file != NULL) return v;
+    if (v->file != NULL) {
+        /* ggml reads a vocabulary string by string; a failure here only leaves the small default buffer. */
+        (void)setvbuf(v->file, NULL, _IOFBF, 1 << 18);
+        return v;
+    }
 no_memory:
     snprintf(err, err_len, "no memory for the virtual GGUF");
     pi_vgguf_close(v);

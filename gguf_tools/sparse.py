@@ -204,9 +204,12 @@ class SparseGGUF:
         self._check_tensors()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> SparseGGUF:
-        """Open and check `path`. Raises FormatError naming the field at fault, or OSError."""
-        file = GGUFFile.open(path)
+    def open(cls, path: str | os.PathLike[str] | GGUFFile) -> SparseGGUF:
+        """Open and check `path`, or take over a file that is open already (and close it on errors).
+
+        Raises FormatError naming the field at fault, or OSError.
+        """
+        file = path if isinstance(path, GGUFFile) else GGUFFile.open(path)
         try:
             sparse = cls(file)
             for layer in sparse.layers:

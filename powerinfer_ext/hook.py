@@ -24,7 +24,8 @@ from typing import Any
 import llama_cpp
 import llama_cpp.llama_cpp as bindings
 
-from gguf_tools.sparse import is_sparse
+from gguf_tools.reader import GGUFFile
+from gguf_tools.sparse import K_VERSION
 from powerinfer_ext import loader
 from powerinfer_ext.errors import PowerInferError
 
@@ -128,20 +129,22 @@ class _Dispatcher:
             return self.original(path_model, params)
         path = os.fsdecode(path_model)
         unreadable: ValueError | None = None
+        file: GGUFFile | None = None
         try:
-            sparse = is_sparse(path)
+            file = GGUFFile.open(path)
         except OSError:
             if scoped is not None:
                 raise
-            sparse = False
         except ValueError as error:
-            sparse, unreadable = False, error  # stock decides: it may read what our strict reader does not
-        if not sparse:
+            unreadable = error  # stock decides: it may read what our strict reader does not
+        if file is None or K_VERSION not in file.fields:
+            if file is not None:
+                file.close()
             pointer = self.original(path_model, params)
             if pointer is None and unreadable is not None:
                 raise unreadable  # says why; LlamaModel's ValueError is just "Failed to load model from file"
             return pointer
-        return SparseModelPointer.of(*loader.load(path, params, options))
+        return SparseModelPointer.of(*loader.load(file, params, options))
 
 
 def _put() -> list[_Dispatcher]:

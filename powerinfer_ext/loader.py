@@ -18,6 +18,7 @@ from typing import Any
 import llama_cpp
 import llama_cpp.llama_cpp as bindings
 
+from gguf_tools.reader import GGUFFile
 from gguf_tools.sparse import SparseGGUF, SparseLayer
 from gguf_tools.virtual import virtual_header
 from powerinfer_ext.errors import PowerInferError
@@ -130,10 +131,7 @@ class SparseModel:
     def _counters(self, position: int, phase: int) -> dict[str, int]:
         stats = self._ffi.new("struct pi_layer_stats *")
         self._lib.pi_model_stats(self._handle, position, phase, stats)
-        return {
-            key: getattr(stats, key)
-            for key in ("calls", "rows", "neurons", "selected", "fired", "touched", "ns")
-        }
+        return {key: getattr(stats, key) for key in ("calls", "rows", "neurons", "selected", "fired", "touched", "ns")}
 
 
 def _summary(counts: dict[str, int]) -> dict[str, Any]:
@@ -149,12 +147,12 @@ def _summary(counts: dict[str, int]) -> dict[str, Any]:
 
 
 def load(
-    path: str | os.PathLike[str], params: Any, options: Options | None = None
+    path: str | os.PathLike[str] | GGUFFile, params: Any, options: Options | None = None
 ) -> tuple[int, SparseModel]:
     """Load a sparse-GGUF with stock llama.cpp.
 
     Args:
-        path: the sparse-GGUF.
+        path: the sparse-GGUF, or the file already open (it is taken over and closed).
         params: `llama_model_params`. Loading through a stream sets `load_mode` (no mmap, no mlock), `check_tensors`
             and `tensor_buft_overrides`; everything else is used as given.
         options: how to run it.
@@ -164,8 +162,8 @@ def load(
     """
     options = options or Options()
     ffi, lib = native()
-    name = os.fspath(path)
     with SparseGGUF.open(path) as sparse:
+        name = sparse.path
         header, extents = virtual_header(sparse)
         layers = [] if params.vocab_only or params.no_alloc else sparse.layers
         message = ffi.new("char[]", _ERROR_SIZE)
@@ -199,9 +197,7 @@ def load(
         return pointer, SparseModel(name, layers, model)
 
 
-def _open_model(
-    ffi: Any, lib: Any, sparse: SparseGGUF, layers: list[SparseLayer], message: Any, name: str
-) -> Any:
+def _open_model(ffi: Any, lib: Any, sparse: SparseGGUF, layers: list[SparseLayer], message: Any, name: str) -> Any:
     """struct pi_model *, with all bundles read; garbage collected."""
     specs = ffi.new("struct pi_layer_spec[]", max(len(layers), 1))
     kept = []  # what the specs point to, until pi_model_open has copied it
@@ -234,9 +230,7 @@ def _open_model(
     return ffi.gc(model, lib.pi_model_close)
 
 
-def _load_stream(
-    ffi: Any, lib: Any, virtual: Any, model: Any, layers: list[SparseLayer], params: Any
-) -> int | None:
+def _load_stream(ffi: Any, lib: Any, virtual: Any, model: Any, layers: list[SparseLayer], params: Any) -> int | None:
     """Have stock llama.cpp load the virtual file; None when it refuses. `params` is left as it was given."""
     ours = type(params).from_buffer_copy(params)
     ours.load_mode = bindings.LLAMA_LOAD_MODE_NONE  # a stream cannot be mapped

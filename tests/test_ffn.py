@@ -75,7 +75,7 @@ def open_layer(
 def open_scaled_layer(
     folder: Path, rng: np.random.Generator, order: np.ndarray | None, experts: int
 ) -> tuple[np.ndarray, Any]:
-    """An ungated layer of I8 columns: down as float64 [n_expert or 1, n_ff, n_embd] in stored order, struct pi_model."""
+    """An ungated layer of I8 columns: float64 [n_expert or 1, n_ff, n_embd] in stored order, struct pi_model."""
     ffi, lib = native()
     n = max(experts, 1)
     order = np.broadcast_to(np.arange(N_FF, dtype=np.int32), (n, N_FF)) if order is None else order

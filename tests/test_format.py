@@ -66,9 +66,7 @@ def test_agrees_with_the_gguf_package(tmp_path):
 
 def test_every_value_type_survives_rewriting(tmp_path):
     scalars = [(t, v) for t, v in zip(range(8), (200, -5, 60000, -5, 1 << 31, -5, 0.1, True), strict=True)]
-    fields = [
-        Field.scalar(f"s{t}", t, v) for t, v in [*scalars, (8, "wörter"), (10, 1 << 63), (11, -1), (12, 0.1)]
-    ]
+    fields = [Field.scalar(f"s{t}", t, v) for t, v in [*scalars, (8, "wörter"), (10, 1 << 63), (11, -1), (12, 0.1)]]
     fields += [Field.array(f"a{t}", t, [v, v]) for t, v in [*scalars, (8, ""), (10, 7), (11, -1), (12, 0.1)]]
     fields += [Field.array("none", U32, [])]
     with GGUFWriter(tmp_path / "m.gguf", fields, [NewTensor("t", 24, (3,))], alignment=32) as writer:
@@ -76,11 +74,7 @@ def test_every_value_type_survives_rewriting(tmp_path):
         writer.write(b"abc")
     with GGUFFile.open(tmp_path / "m.gguf") as file:
         assert list(file.fields.values()) == fields
-        assert (
-            file.metadata["s8"] == "wörter"
-            and file.metadata["a12"] == [0.1, 0.1]
-            and file.metadata["none"] == []
-        )
+        assert file.metadata["s8"] == "wörter" and file.metadata["a12"] == [0.1, 0.1] and file.metadata["none"] == []
         again = [Field(f.name, f.type, f.item_type, f.count, f.raw) for f in file.fields.values()]
     with GGUFWriter(tmp_path / "n.gguf", again, [NewTensor("t", 24, (3,))], alignment=32) as writer:
         writer.begin("t")
@@ -518,6 +512,29 @@ def test_bad_sparse_files_are_named_field_by_field(gated, case):
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+SCALE = "blk.1.ffn_down_scale_exps.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drop": [SCALE]}, f"tensor '{SCALE}': is missing"),
+        ({"tensors": {SCALE: (0, (64, 3, 3), bytes(64 * 9 * 4))}}, f"type of tensor {SCALE}: F32, expected F16"),
+        ({"tensors": {SCALE: (1, (64, 96, 3), bytes(64 * 96 * 3 * 2))}}, f"shape of tensor {SCALE}"),
+        (row("powerinfer.bundle.down.source_type", [8, 1]), "I8 columns for blk.1.ffn_bundle_exps.weight"),
+    ],
+    ids=["missing", "type", "shape", "source type"],
+)
+def test_columns_of_integers_need_their_scales(tmp_path, change, message):
+    model = tiny_model(tmp_path / "m.gguf", ggml_type=QT.Q8_0, n_expert=3)
+    convert(model.path, tmp_path / "s.gguf")
+    with SparseGGUF.open(tmp_path / "s.gguf") as view:
+        assert view.layers[1].scale_tensor.shape == (64, 3, 3)
+    with pytest.raises(FormatError) as error:
+        SparseGGUF.open(rewrite(tmp_path / "s.gguf", **change))
+    assert message in str(error.value)
 
 
 def test_drelu_needs_a_gate(experts):
