@@ -25,6 +25,7 @@ import tarfile
 import tempfile
 import time
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -167,10 +168,10 @@ def unpack_sources() -> None:
     say(f"unpacked {len(members)} files into {target}")
 
 
-def main() -> None:
-    if sys.argv[1:] == ["--sources"]:
+def main(arguments: Sequence[str] = ()) -> None:
+    if list(arguments) == ["--sources"]:
         return unpack_sources()
-    if sys.argv[1:]:
+    if arguments:
         sys.exit("bootstrap: the only option is --sources")
     requirement, others = read_requirements()
     pip("install", "--quiet", *others)
@@ -210,4 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

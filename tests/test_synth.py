@@ -151,9 +151,7 @@ def test_consecutive_tokens_share_experts(tmp_path: Path) -> None:
     assert result["expert_overlap"] > 1.2 * result["expert_overlap_by_chance"]
 
 
-def test_the_seed_decides_the_file_and_the_threads_do_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_seed_decides_the_file_and_the_threads_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def digest(seed: int) -> str:
         synth.run(tmp_path / "model.gguf", small("smallthinker-4b-a0.6b"), layers=1, seed=seed)
         return hashlib.sha256((tmp_path / "model.gguf").read_bytes()).hexdigest()
@@ -245,11 +243,12 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_shape_at_full_width(name: str, density: float, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     shape = shapes.SHAPES[name]
-    layers = 1 if name == "falcon-40b-like" else max(2, shape.least_layers + 1 if shape.pattern else 2)
+    layers = 4 if shape.pattern else 1 if name == "falcon-40b-like" else 2
     synth.run(path, shape, layers=layers, density=density)
     if density == 0.1:
         check_in_stock(path)
-    found = measured(path, tokens=256)
+    found = measured(path)
+    path.unlink()  # pytest would keep a gigabyte for each
     assert found == pytest.approx([density] * len(found), rel=0.1)
 
 
@@ -259,4 +258,5 @@ def test_every_dense_shape_at_full_width(name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     report = synth.run(path, name, layers=1)
     check_in_stock(path)
+    path.unlink()
     assert report.bytes_per_second > 100e6
