@@ -858,6 +858,12 @@ def _pieces(plan: _Plan) -> Iterator[tuple[str, bool, Callable[[], np.ndarray]]]
 # ---- the command -------------------------------------------------------------------------------------------
 
 
+EXAMPLES = (
+    "powerinfer synth mistral.gguf --shape mistral-7b --layers 8 --density 0.1",
+    "powerinfer synth moe.gguf --shape qwen3-30b-a3b --layers 8 --quant Q4_K",
+)
+
+
 def command(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The stock GGUF to write.")],
     shape: Annotated[str, typer.Option(metavar="NAME", help=f"One of: {', '.join(SHAPES)}.")],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -18,10 +19,29 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.core import TyperGroup
 
 from powerinfer_ext.errors import PowerInferError
 
+# Commands that bring their options with them; imported when asked for, because numpy and llama_cpp come along.
+_ELSEWHERE = {"synth": "gguf_tools.synth", "trace": "powerinfer_ext.trace", "bench": "powerinfer_ext.bench"}
+
+
+class _Commands(TyperGroup):
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        return [*super().list_commands(ctx), *_ELSEWHERE]
+
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:
+        if cmd_name not in _ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        module = importlib.import_module(_ELSEWHERE[cmd_name])
+        alone = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
+        alone.command(cmd_name, epilog=_examples(*module.EXAMPLES))(module.command)
+        return typer.main.get_command(alone)
+
+
 app = typer.Typer(
+    cls=_Commands,
     name="powerinfer",
     rich_markup_mode="rich",
     no_args_is_help=True,
@@ -40,17 +60,13 @@ Model = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads.", show_default="as many as there are CPUs to use")
 ]
-Context = Annotated[
-    int, typer.Option(min=0, help="Context length in tokens; 0: the model's own, but at most 4096.")
-]
+Context = Annotated[int, typer.Option(min=0, help="Context length in tokens; 0: the model's own, but at most 4096.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
 Seed = Annotated[
     int | None,
     typer.Option(help="Random seed for temperatures above 0.", show_default="another one each time"),
 ]
-Dense = Annotated[
-    bool, typer.Option("--dense", help="Compute all neurons of a sparse-GGUF, to compare with.")
-]
+Dense = Annotated[bool, typer.Option("--dense", help="Compute all neurons of a sparse-GGUF, to compare with.")]
 
 
 class Activation(StrEnum):
@@ -89,24 +105,36 @@ def options(
     """Run GGUF models computing only the FFN neurons that fire, on stock llama-cpp-python."""
 
 
-@app.command(
-    epilog=_examples("powerinfer demo", "powerinfer demo --keep demo-files", "powerinfer demo --json")
-)
+@app.command(epilog=_examples("powerinfer demo", "powerinfer demo --keep demo-files", "powerinfer demo --json"))
 def demo(
     keep: Annotated[Path | None, typer.Option(help="Keep the converted model in this folder.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; the model is too small for many.")] = 1,
+    shaped: Annotated[
+        bool,
+        typer.Option(
+            "--shaped/--no-shaped",
+            help="Then make a model with the shape of a real one and compare speeds on it (2 GB of disk, minutes).",
+        ),
+    ] = True,
     as_json: Json = False,
 ) -> None:
-    """Convert a bundled model, run it with stock and with us, and compare the two. Takes under a minute."""
+    """Convert a bundled model, run it with stock and with us, compare; then compare speeds on a larger one."""
     from powerinfer_ext import demo as demonstration
 
     _silence_llama_cpp()
     with contextlib.ExitStack() as stack:
         step = stack.enter_context(err.status("")).update if err.is_terminal else _note
         result = demonstration.demo(keep=keep, threads=threads, step=step)
+    if not as_json:
+        demonstration.render(result, out)
+    if shaped:
+        from powerinfer_ext.bench import demo_comparison
+
+        with contextlib.ExitStack() as stack:
+            step = stack.enter_context(err.status("")).update if err.is_terminal else _note
+            result["shaped"] = demo_comparison(err if as_json else out, step=step)
     if as_json:
-        return _print_json(result)
-    demonstration.render(result, out)
+        _print_json(result)
 
 
 @app.command(epilog=_examples("powerinfer models", "powerinfer models --json"))
@@ -141,9 +169,7 @@ def models(as_json: Json = False) -> None:
     )
 )
 def convert(
-    source: Annotated[
-        str, typer.Argument(metavar="IN", help="A stock GGUF file, or the name of a bundled model.")
-    ],
+    source: Annotated[str, typer.Argument(metavar="IN", help="A stock GGUF file, or the name of a bundled model.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The sparse-GGUF to write.")],
     activation: Annotated[
         Activation | None,
@@ -201,9 +227,7 @@ def export(
         _say(f"{len(report.requantised)} tensors differ from the original's by rounding (re-quantised)")
 
 
-@app.command(
-    epilog=_examples("powerinfer inspect arcee.sparse.gguf", "powerinfer inspect arcee-relu2 --json")
-)
+@app.command(epilog=_examples("powerinfer inspect arcee.sparse.gguf", "powerinfer inspect arcee-relu2 --json"))
 def inspect(
     file: Annotated[
         str,
@@ -230,9 +254,7 @@ def inspect(
 def run(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to write at most.")
-    ] = 64,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Tokens to write at most.")] = 64,
     temperature: Temperature = 0.0,
     seed: Seed = None,
     threads: Threads = None,
@@ -264,14 +286,10 @@ def run(
     )
 
 
-@app.command(
-    epilog=_examples("powerinfer chat model.sparse.gguf", "powerinfer chat model.gguf --temperature 0")
-)
+@app.command(epilog=_examples("powerinfer chat model.sparse.gguf", "powerinfer chat model.gguf --temperature 0"))
 def chat(
     model: Model,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", min=1, help="Length of an answer at most.")
-    ] = 512,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Length of an answer at most.")] = 512,
     temperature: Temperature = 0.7,
     seed: Seed = None,
     threads: Threads = None,
@@ -335,9 +353,7 @@ def eval_(
     ] = EvalMode.both,
     floor: Annotated[
         bool,
-        typer.Option(
-            "--floor/--no-floor", help="Also measure how far stock is from itself (loads DENSE twice)."
-        ),
+        typer.Option("--floor/--no-floor", help="Also measure how far stock is from itself (loads DENSE twice)."),
     ] = True,
     threads: Threads = None,
     as_json: Json = False,

@@ -607,6 +607,12 @@ def _path(model: str) -> str:
         raise PowerInferError(f"{model}: there is no such file, and {error}") from None
 
 
+EXAMPLES = (
+    "powerinfer trace arcee-relu2 --text heldout.txt -o trace.npz",
+    "powerinfer trace trace.npz --json",
+)
+
+
 def command(
     model: Annotated[
         str,

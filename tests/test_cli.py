@@ -22,7 +22,8 @@ from powerinfer_ext import cli
 from powerinfer_ext.models import bundled
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it sat on the mat. " * 20
-COMMANDS = ["demo", "models", "convert", "export", "inspect", "run", "chat", "eval", "doctor"]
+COMMANDS = ["demo", "models", "convert", "export", "inspect", "run", "chat", "eval", "doctor",
+            "synth", "trace", "bench"]  # fmt: skip
 
 
 class Outcome(NamedTuple):
@@ -190,9 +191,7 @@ def test_run(powerinfer: Command, folder: Path) -> None:
 def test_run_with_a_seed(powerinfer: Command, folder: Path) -> None:
     def text(seed: int) -> str:
         model, sampling = folder / "arcee.sparse.gguf", ["--temperature", 1, "--seed", seed]
-        return powerinfer("run", model, "-p", "the", "-n", 24, "--threads", 1, "--json", *sampling).json[
-            "text"
-        ]
+        return powerinfer("run", model, "-p", "the", "-n", 24, "--threads", 1, "--json", *sampling).json["text"]
 
     assert text(1) == text(1) != text(2)
     assert text(0) == text(0)  # 0 is a seed like any other
@@ -300,13 +299,13 @@ def test_bundled_models_go_by_their_names(powerinfer: Command, tmp_path: Path) -
 
 
 def test_demo(powerinfer: Command, tmp_path: Path) -> None:
-    result = powerinfer("demo", "--json", "--keep", tmp_path / "kept").json
+    result = powerinfer("demo", "--no-shaped", "--json", "--keep", tmp_path / "kept").json
     assert Path(result["sparse_path"]).exists()
     assert result["stock"]["tokens"] > 0 and result["sparse"]["tokens"] > 0
     assert 0 < result["sparse"]["density"] < 1
     assert result["agreement"]["mean_kl"] < 1e-4
     assert result["agreement"]["top1_agreement"] >= 0.99
-    shown = powerinfer("demo")
+    shown = powerinfer("demo", "--no-shaped")
     assert shown.code == 0
     for part in (
         "stock llama-cpp-python",
