@@ -1,6 +1,6 @@
 """How far sparse models are from stock: every bundled model, as Q8_0 (as shipped) and F16, prefill and decode.
 
-    python -m bench.accuracy [--tokens 4096] [--output bench/results/accuracy.json]
+    python -m bench.accuracy [--tokens 4096] [--output bench/results/accuracy/MACHINE.json]
 
 Natively sparse models are compared with stock llama.cpp on the same file, overridden activations with the numpy
 reference (stock computes SwiGLU there). Beside them: how far stock is from itself with its repacked kernels on and off,
@@ -25,7 +25,7 @@ from gguf_tools.writer import GGUFWriter, NewTensor
 from powerinfer_ext.evaluate import evaluate
 from powerinfer_ext.models import BundledModel, bundled
 
-RESULTS = Path(__file__).parent / "results" / "accuracy.json"
+RESULTS = Path(__file__).parent / "results" / "accuracy" / "zen4.json"
 STOCK_IS_RIGHT = ("arcee", "smallthinker")
 
 

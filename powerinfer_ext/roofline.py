@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from gguf_tools.quants import SCALE_GROUP
 from gguf_tools.reader import GGUFFile, TensorInfo
 from gguf_tools.sparse import SparseGGUF
 from powerinfer_ext import machine
@@ -33,7 +34,7 @@ _LOOKED_UP = (
     "token_types.weight",
     "per_layer_token_embd.weight",
 )
-_EXTENSION_PARTS = (".ffn_bundle", ".ffn_order", ".ffn_freq", ".ffn_pred", ".ffn_thresh")
+_EXTENSION_PARTS = (".ffn_bundle", ".ffn_order", ".ffn_freq", ".ffn_pred", ".ffn_thresh", ".ffn_down_scale")
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,12 @@ def token_bytes(path: str, computed: Mapping[int, float] | None = None) -> Token
             else:
                 rest += round(tensor.nbytes * share)
         for layer in sparse.layers if sparse else []:
-            share = (computed or {}).get(layer.index, 1.0) * (routed if layer.n_expert else 1.0)
-            ffn += round(layer.bundle.nbytes * share)
+            experts = routed if layer.n_expert else 1.0
+            share = (computed or {}).get(layer.index, 1.0)
+            ffn += round(layer.bundle.nbytes * share * experts)
+            if layer.scale_tensor is not None:  # a row of scales is read where any of its neurons is
+                wanted = 1 - (1 - share) ** SCALE_GROUP
+                ffn += round(layer.scale_tensor.nbytes * wanted * experts)
         stored = sum(tensor.nbytes for tensor in file.tensors.values())
         return TokenBytes(rest, deciding, ffn, stored)
 
