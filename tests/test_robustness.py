@@ -195,6 +195,11 @@ def test_interrupted_command_exits_with_130_and_says_nothing(models: dict[str, s
     assert errors == ""
 
 
+def heed_interrupts() -> None:
+    """A shell's background jobs (a CI's, say) ignore SIGINT, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -202,12 +207,18 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     )
 
 
 def read_line(child: subprocess.Popen[str]) -> str:
     assert child.stdout is not None and child.stderr is not None
-    return child.stdout.readline().strip() or child.stderr.read()
+    timer = threading.Timer(60, child.kill)  # then both streams end, and what is there is shown
+    timer.start()
+    try:
+        return child.stdout.readline().strip() or child.stderr.read()
+    finally:
+        timer.cancel()
 
 
 # ---- leaks -------------------------------------------------------------------------------------------------
@@ -223,19 +234,25 @@ def open_files() -> int:
 
 
 def assert_no_leak(cycle: Callable[[], None], cycles: int) -> None:
-    """`cycle` may cost 20 KiB of memory each time (a leaked model is over a MiB), and no descriptor."""
+    """`cycle` may cost 20 KiB of memory each time (a leaked model is over a MiB), and no descriptor.
+
+    A leak grows in every batch; what grows in one of them and not in the next is the allocator's business.
+    """
     for _ in range(5):
         cycle()
     gc.collect()
     count = loader.native()[1].pi_model_count  # of models in C, whoever holds them
-    memory, files, live = resident(), open_files(), count()
-    for _ in range(cycles):
-        cycle()
-    gc.collect()
-    assert open_files() == files
-    assert count() == live
-    grown = resident() - memory
-    assert grown < 4096 * KIB + cycles * 20 * KIB, f"{grown // KIB} KiB in {cycles} cycles"
+    files, live = open_files(), count()
+    growth = []
+    while not growth or (growth[-1] > cycles * 20 and len(growth) < 4):
+        memory = resident()
+        for _ in range(cycles):
+            cycle()
+        gc.collect()
+        assert open_files() == files
+        assert count() == live
+        growth.append((resident() - memory) // KIB)
+    assert growth[-1] <= cycles * 20, f"{growth} KiB in batches of {cycles} cycles"
 
 
 @pytest.mark.parametrize("cycles", [20, pytest.param(200, marks=pytest.mark.long)])
