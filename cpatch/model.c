@@ -173,7 +173,7 @@ static int read_fully(int fd, uint8_t *dst, size_t size, off_t offset) {
 
 static int scales_read(struct pi_layer *layer, int fd, char *err, size_t err_len) {
     const size_t size = scales_size(&layer->spec);
-    layer->scales = malloc(size);
+    if (layer->scales == NULL) layer->scales = malloc(size);
     if (layer->scales == NULL) {
         snprintf(err, err_len, "layer %d: no memory for %zu bytes of scales", layer->spec.index, size);
         return -1;
@@ -211,8 +211,8 @@ static int layer_read(struct pi_layer *layer, int fd, int n_threads, char *err, 
     return layer->spec.down_type == ABI_TYPE_I8 ? scales_read(layer, fd, err, err_len) : 0;
 }
 
-struct pi_model *pi_model_open(int fd, int n_layers, const struct pi_layer_spec *specs, int activation, int n_threads,
-                               char *err, size_t err_len) {
+struct pi_model *pi_model_open(int fd, int n_layers, const struct pi_layer_spec *specs, int activation, char *err,
+                               size_t err_len) {
     struct stat st;
     if (activation < PI_ACT_NATIVE || activation > PI_ACT_DRELU || n_layers < 0 || n_layers > 65536) {
         snprintf(err, err_len, "unknown activation %d or bad layer count %d", activation, n_layers);
@@ -233,13 +233,19 @@ struct pi_model *pi_model_open(int fd, int n_layers, const struct pi_layer_spec 
     model->n_layers = n_layers;
     backend_buft_init(&model->buft, model);
     for (int i = 0; i < n_layers; i++) {
-        if (layer_init(&model->layers[i], model, &specs[i], (int64_t)st.st_size, err, err_len) != 0 ||
-            layer_read(&model->layers[i], fd, n_threads < 1 ? 1 : n_threads, err, err_len) != 0) {
+        if (layer_init(&model->layers[i], model, &specs[i], (int64_t)st.st_size, err, err_len) != 0) {
             pi_model_unref(model);
             return NULL;
         }
     }
     return model;
+}
+
+int pi_model_read(struct pi_model *model, int fd, int n_threads, char *err, size_t err_len) {
+    for (int i = 0; i < model->n_layers; i++) {
+        if (layer_read(&model->layers[i], fd, n_threads < 1 ? 1 : n_threads, err, err_len) != 0) return -1;
+    }
+    return 0;
 }
 
 int pi_dequantize(int type, const void *x, float *y, int64_t n_rows, int64_t n) {

@@ -53,11 +53,14 @@ int pi_init(const char *lib_dir, char *err, size_t err_len);
 /* ggml_version() of the library in use; only after pi_init. */
 const char *pi_ggml_version(void);
 
-/* Reads the bundles of all layers from fd into memory. Every offset and size is checked against the file and the
- * types before anything is read. NULL on bad specs, short or failed reads, or lack of memory.
- * n_threads: how many reads run side by side. */
-struct pi_model *pi_model_open(int fd, int n_layers, const struct pi_layer_spec *specs, int activation, int n_threads,
-                               char *err, size_t err_len);
+/* Checks every offset and size of the specs against the file and the types, and reserves memory for the bundles.
+ * NULL on bad specs or lack of memory. */
+struct pi_model *pi_model_open(int fd, int n_layers, const struct pi_layer_spec *specs, int activation, char *err,
+                               size_t err_len);
+
+/* Reads the bundles of all layers from the same fd; before that, nothing may be computed. Can go on beside llama.cpp's
+ * own loading. n_threads: how many reads run side by side. -1 on short or failed reads or lack of memory. */
+int pi_model_read(struct pi_model *model, int fd, int n_threads, char *err, size_t err_len);
 void pi_model_close(struct pi_model *model); /* drops the opener's reference */
 
 /* The ggml_backend_buffer_type_t to name in llama_model_params.tensor_buft_overrides. */

@@ -56,7 +56,11 @@ static struct pi_model *open_model(const struct weights *w, char *err, size_t er
         if (fd >= 0) close(fd);
         return NULL;
     }
-    struct pi_model *model = pi_model_open(fd, 1, &spec, PI_ACT_RELU, 1, err, err_len);
+    struct pi_model *model = pi_model_open(fd, 1, &spec, PI_ACT_RELU, err, err_len);
+    if (model != NULL && pi_model_read(model, fd, 1, err, err_len) != 0) {
+        pi_model_close(model);
+        model = NULL;
+    }
     close(fd);
     return model;
 }

@@ -1,9 +1,9 @@
 """Loading a sparse-GGUF into stock llama.cpp: the Python half of the seam (docs/SEAM.md).
 
 What happens, in order: the file is checked (`gguf_tools.SparseGGUF`); the C backend meets the process's libggml and
-registers its device (once); it reads the neuron bundles into memory; stock's loader is given a stream that looks like
-the source GGUF (`gguf_tools.virtual`) with our buffer type named for the FFN tensors, so that it reads everything else
-and we serve those.
+registers its device (once); stock's loader is given a stream that looks like the source GGUF (`gguf_tools.virtual`) with
+our buffer type named for the FFN tensors, so that it reads everything else; beside that the C backend reads the neuron
+bundles into memory.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,8 +184,19 @@ def load(
         )
         if virtual == ffi.NULL:
             raise PowerInferError(f"{name}: {ffi.string(message).decode()}")
-        pointer = _load_stream(ffi, lib, virtual, model, layers, params)
-        sparse.check_unchanged()
+        # Bundles are read beside stock's own loading, which uses one thread.
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            threads = max(1, len(os.sched_getaffinity(0)) - 1)
+            reading = beside.submit(lib.pi_model_read, model, sparse.file.fd, threads, message, _ERROR_SIZE)
+            pointer = _load_stream(ffi, lib, virtual, model, layers, params)
+        try:
+            sparse.check_unchanged()
+            if reading.result() != 0:
+                raise PowerInferError(f"{name}: {ffi.string(message).decode()}")
+        except BaseException:
+            if pointer is not None:
+                bindings.llama_model_free(pointer)
+            raise
         if pointer is None:
             offset = ffi.new("int64_t *")
             code = lib.pi_vgguf_error(virtual, offset)
@@ -198,7 +210,7 @@ def load(
 
 
 def _open_model(ffi: Any, lib: Any, sparse: SparseGGUF, layers: list[SparseLayer], message: Any, name: str) -> Any:
-    """struct pi_model *, with all bundles read; garbage collected."""
+    """struct pi_model *, its bundles not read yet; garbage collected."""
     specs = ffi.new("struct pi_layer_spec[]", max(len(layers), 1))
     kept = []  # what the specs point to, until pi_model_open has copied it
     for spec, layer in zip(specs, layers, strict=False):
@@ -220,12 +232,10 @@ def _open_model(ffi: Any, lib: Any, sparse: SparseGGUF, layers: list[SparseLayer
         spec.file_offset = layer.bundle.offset
         if layer.scale_tensor is not None:
             spec.scale_offset = layer.scale_tensor.offset
-    threads = len(os.sched_getaffinity(0))
     model = lib.pi_model_open(
-        sparse.file.fd, len(layers), specs, _ACTIVATIONS[sparse.activation], threads, message, _ERROR_SIZE
+        sparse.file.fd, len(layers), specs, _ACTIVATIONS[sparse.activation], message, _ERROR_SIZE
     )
     if model == ffi.NULL:
-        sparse.check_unchanged()
         raise PowerInferError(f"{name}: {ffi.string(message).decode()}")
     return ffi.gc(model, lib.pi_model_close)
 

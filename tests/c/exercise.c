@@ -59,9 +59,9 @@ static void ffn_round(int type, bool gated, bool mixture, int activation) {
         .down_offset = gated ? 1024 : 0, .up_type = type, .down_type = type, .down_source_type = 0};
     char err[256] = "";
     const int fd = memory_file(bundles, (size_t)experts * N_FF * 2048);
-    struct pi_model *model = pi_model_open(fd, 1, &spec, activation, 2, err, sizeof err);
+    struct pi_model *model = pi_model_open(fd, 1, &spec, activation, err, sizeof err);
+    if (model == NULL || pi_model_read(model, fd, 2, err, sizeof err) != 0) die("open", err);
     close(fd);
-    if (model == NULL) die("open", err);
     float *x = malloc(MAX_ROWS * N_EMBD * sizeof(float)), *g = malloc(MAX_ROWS * N_FF * sizeof(float));
     float *h = malloc(MAX_ROWS * N_FF * sizeof(float)), *out = malloc(MAX_ROWS * N_EMBD * sizeof(float));
     if (x == NULL || g == NULL || h == NULL || out == NULL) die("ffn", "out of memory");
@@ -99,7 +99,8 @@ static void fuzz_specs(int rounds) {
         if (next_random() % 4 == 0) spec.down_type = (int)(next_random() % 60) - 5;
         if (next_random() % 4 == 0) spec.up_type = (int)(next_random() % 60) - 5;
         char err[128];
-        struct pi_model *model = pi_model_open(fd, 1, &spec, 1, 1, err, sizeof err);
+        struct pi_model *model = pi_model_open(fd, 1, &spec, 1, err, sizeof err);
+        if (model != NULL) (void)pi_model_read(model, fd, 1, err, sizeof err);
         pi_model_close(model);
     }
     close(fd);
