@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,6 +46,7 @@ from powerinfer_ext.errors import PowerInferError
 
 FORMAT = "powerinfer.bench.v1"
 OVERHEAD = 256 << 20  # bytes that an interpreter, llama.cpp, a KV cache and compute buffers may need
+QUIET_WAIT = 30.0  # seconds to wait at most for a quiet machine before every round
 NORMAL_TOKEN = 1  # tokenizer.ggml.token_type
 
 Step = Callable[[str], None]
@@ -104,9 +106,13 @@ def bench(
         step("Measuring how fast memory and disk are read")
         speeds = _speeds(pair.stock)
         about = _machine(pair.stock, threads)
-        results = [_condition(pair, everyone, work, limit, speeds, step) for limit in limits]
-        for result in results:
-            result["summary"] = sentences(result)
+        measured = [_condition(pair, everyone, work, limit, step) for limit in limits]
+        step("Measuring how fast memory is read, again")
+        speeds["memory"] += _memory_speed()  # it changes with what a virtual machine's neighbours do
+        results = []
+        for condition, limits_of in measured:
+            condition["roofline"] = limits_of(speeds)
+            results.append({**condition, "summary": sentences(condition)})
         first, others = results[0], results[1:]
         return {
             "format": FORMAT,
@@ -139,9 +145,7 @@ def _files(model: str, baseline: str | None, step: Step) -> Iterator[figures.Pai
     sparse = is_sparse(model)
     if sparse and baseline is not None:
         if is_sparse(baseline):
-            raise PowerInferError(
-                f"{baseline} is a sparse-GGUF: --baseline wants the stock GGUF to compare with"
-            )
+            raise PowerInferError(f"{baseline} is a sparse-GGUF: --baseline wants the stock GGUF to compare with")
         yield figures.Pair(model, baseline)
         return
     if not sparse and baseline is not None and not is_sparse(baseline):
@@ -150,9 +154,7 @@ def _files(model: str, baseline: str | None, step: Step) -> Iterator[figures.Pai
             "powerinfer convert), or leave --baseline out"
         )
     if not sparse and baseline is not None:
-        raise PowerInferError(
-            f"MODEL and --baseline are swapped: {baseline} is the sparse-GGUF, so it is the MODEL"
-        )
+        raise PowerInferError(f"MODEL and --baseline are swapped: {baseline} is the sparse-GGUF, so it is the MODEL")
     beside = Path(model).resolve().parent
     if sparse:
         with SparseGGUF.open(model) as file:
@@ -180,9 +182,7 @@ def _check_same_model(pair: figures.Pair, step: Step) -> str:
     with SparseGGUF.open(pair.sparse) as sparse, GGUFFile.open(pair.stock) as stock:
         problems = []
         if stock.metadata.get("general.architecture") != sparse.architecture:
-            problems.append(
-                f"architecture {stock.metadata.get('general.architecture')} and {sparse.architecture}"
-            )
+            problems.append(f"architecture {stock.metadata.get('general.architecture')} and {sparse.architecture}")
         ours = {name: f.raw for name, f in sparse.file.fields.items() if name.startswith("tokenizer.")}
         theirs = {name: f.raw for name, f in stock.fields.items() if name.startswith("tokenizer.")}
         if ours != theirs:
@@ -240,12 +240,8 @@ def _tokens(path: str, count: int, text: str | None, seed: int) -> tuple[list[in
     with GGUFFile.open(path) as file:
         types = file.metadata.get("tokenizer.ggml.token_type")
         embedding = file.tensors.get("token_embd.weight")
-        n_vocab = (
-            embedding.shape[1] if embedding is not None and len(embedding.shape) > 1 else len(types or [])
-        )
-    normal = [i for i, kind in enumerate((types or [])[:n_vocab]) if kind == NORMAL_TOKEN] or list(
-        range(n_vocab)
-    )
+        n_vocab = embedding.shape[1] if embedding is not None and len(embedding.shape) > 1 else len(types or [])
+    normal = [i for i, kind in enumerate((types or [])[:n_vocab]) if kind == NORMAL_TOKEN] or list(range(n_vocab))
     drawn = np.random.default_rng(seed).choice(np.asarray(normal), count)
     return [int(token) for token in drawn], f"drawn at random with seed {seed}"
 
@@ -258,40 +254,34 @@ def _condition(
     engines: list[Engine],
     work: figures.Workload,
     limit: int | None,
-    speeds: dict[str, Any],
     step: Step,
-) -> dict[str, Any]:
-    """Measure every engine under `limit` bytes of memory (None: all there is)."""
+) -> tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]:
+    """Measure every engine under `limit` bytes of memory (None: all there is).
+
+    Returns what was measured, and the function that makes its roofline from `_speeds`.
+    """
     # Repacked weights are copies that cannot be paged out: below the model's size stock would only be killed.
     repack = limit is None or limit > 1.1 * os.path.getsize(pair.stock) + OVERHEAD
     series = [
-        figures.Series(
-            engine, pair.sparse if engine.is_sparse else pair.stock, True if engine.is_sparse else repack
-        )
+        figures.Series(engine, pair.sparse if engine.is_sparse else pair.stock, True if engine.is_sparse else repack)
         for engine in engines
     ]
     for entry in series:
         entry.failure = _does_not_fit(entry, limit)
     load_before = os.getloadavg()
     cached = _prepare_cache(pair, limit, step)
-    how = "none"
     with contextlib.ExitStack() as stack:
         kib = machine.read_ahead_kb(pair.stock)
         if limit is not None:
             kib = stack.enter_context(memory_limit.read_ahead(pair.stock))
-        for number in range(work.runs):
-            for entry in series:
-                if entry.failure is not None:
-                    continue
-                at = "" if limit is None else f" in {limit / 1e6:.0f} MB"
-                step(f"Run {number + 1} of {work.runs}: {entry.engine.name}{at}")
-                how = _one_run(entry, work, limit, cached)
+        how, set_aside = _rounds(series, work, limit, cached, step)
     named = {entry.engine.name: entry for entry in series}
     touched = {name: figures.touched(entry) for name, entry in named.items() if entry.engine.template is None}
     summaries = {name: figures.summary(entry, work) for name, entry in named.items()}
     comparable = figures.comparable(pair, named, work)
+    rooflines = partial(figures.limits, named, touched, limit)
     ratio = figures.ratios(named, comparable)
-    return {
+    condition = {
         "memory_limit": {
             "bytes": limit,
             "share_of_model": None if limit is None else limit / os.path.getsize(pair.stock),
@@ -303,10 +293,57 @@ def _condition(
         "sparse": summaries.pop("sparse"),
         "engines": summaries,
         "ratio": ratio,
-        "roofline": figures.limits(named, touched, speeds, limit),
         "comparable": comparable,
-        "noise": figures.noise(named, ratio, load_before),
+        "noise": {**figures.noise(named, ratio, load_before), "set_aside": set_aside},
     }
+    return condition, rooflines
+
+
+def _rounds(
+    series: list[figures.Series], work: figures.Workload, limit: int | None, cached: str, step: Step
+) -> tuple[str, list[dict[str, Any]]]:
+    """Run every engine in turns until there are `work.runs` rounds, appending to the series.
+
+    A round in which other processes took much of the CPU says nothing, so it is set aside and repeated, but
+    not for ever: at most twice `work.runs` rounds are made, and the last ones count whatever happened. What
+    decides is the other processes' CPU time, never the result.
+
+    Returns how memory was limited, and the rounds that were set aside: engine -> speeds and others' share.
+    """
+    how, counted, set_aside = "none", 0, []
+    for attempt in range(2 * work.runs):
+        active = [entry for entry in series if entry.failure is None]
+        if counted == work.runs or not active:
+            break
+        _wait_until_quiet()
+        for entry in active:
+            at = "" if limit is None else f" in {limit / 1e6:.0f} MB"
+            step(f"Run {counted + 1} of {work.runs}{at}: {entry.engine.name}")
+            how = _one_run(entry, work, limit, cached)
+        last = {entry.engine.name: entry.runs[-1] for entry in active}
+        crashed = any(run is None for run in last.values())
+        disturbed = not crashed and any(
+            run["others_cpu_share"] > figures.OTHERS_THRESHOLD for run in last.values() if run
+        )
+        spare = 2 * work.runs - 1 - attempt
+        if disturbed and spare >= work.runs - counted:
+            keys = ("decode_tps", "prefill_tps", "others_cpu_share")
+            set_aside.append({name: {key: run.get(key) for key in keys} for name, run in last.items() if run})
+            for entry in active:
+                entry.runs.pop()
+                entry.others_cpu.pop()
+        else:
+            counted += 1
+    return how, set_aside
+
+
+def _wait_until_quiet() -> None:
+    """Wait, for QUIET_WAIT seconds at most, until other processes leave the CPU alone for a second."""
+    deadline, calm = time.monotonic() + QUIET_WAIT, 0
+    while calm < 2 and time.monotonic() < deadline:
+        before = _cpu_times()
+        time.sleep(0.5)
+        calm = calm + 1 if _others_share(before, _cpu_times(), 0.0) < figures.OTHERS_THRESHOLD else 0
 
 
 def _does_not_fit(entry: figures.Series, limit: int | None) -> dict[str, Any] | None:
@@ -375,9 +412,7 @@ def _one_run(entry: figures.Series, work: figures.Workload, limit: int | None, c
 def _cpu_times() -> tuple[float, float]:
     """(busy, all) CPU seconds of the machine since it started, over all cores; stolen time is busy."""
     ticks = [int(number) for number in machine.read_text("/proc/stat").split("\n", 1)[0].split()[1:9]]
-    user, nice, system, idle, iowait, irq, softirq, steal = (
-        tick / os.sysconf("SC_CLK_TCK") for tick in ticks
-    )
+    user, nice, system, idle, iowait, irq, softirq, steal = (tick / os.sysconf("SC_CLK_TCK") for tick in ticks)
     busy = user + nice + system + irq + softirq + steal
     return busy, busy + idle + iowait
 
@@ -392,17 +427,21 @@ def _others_share(before: tuple[float, float], after: tuple[float, float], own: 
 
 
 def _speeds(path: str) -> dict[str, Any]:
-    """Bandwidths in bytes per second (None where they cannot be measured), and the disk's table."""
-    try:
-        memory: float | None = roofline.memory_bandwidth()
-    except MemoryError:
-        memory = None
+    """Bandwidths in bytes per second: memory's measurements so far, the disk's best, and the disk's table."""
     rows = roofline.disk_speeds(path)
     return {
-        "memory": memory,
+        "memory": _memory_speed(),
         "disk": max((row.rate for row in rows), default=None),
         "disk_table": [{"block": row.block, "depth": row.depth, "gbps": row.rate / 1e9} for row in rows],
     }
+
+
+def _memory_speed() -> list[float]:
+    """One measurement of memory bandwidth; none where there is no room for it."""
+    try:
+        return [roofline.memory_bandwidth()]
+    except MemoryError:
+        return []
 
 
 def _machine(path: str, threads: int) -> dict[str, Any]:
@@ -503,9 +542,7 @@ def sentences(condition: dict[str, Any]) -> list[str]:
     if ratio["decode"] is not None:
         between = "" if ratio["spread"] is None else f" (spread {ratio['spread']:.1%})"
         prefill = _shown(ratio["prefill"], "{:.2f}x")
-        lines.append(
-            f"powerinfer-ext against stock: decode {ratio['decode']:.2f}x{between}, prefill {prefill}."
-        )
+        lines.append(f"powerinfer-ext against stock: decode {ratio['decode']:.2f}x{between}, prefill {prefill}.")
     density = condition["sparse"]["density"]
     if density is not None:
         lines.append(f"Computed {density:.1%} of the FFN neurons while decoding.")
@@ -514,8 +551,7 @@ def sentences(condition: dict[str, Any]) -> list[str]:
             f"{name}: a token touches {entry['bytes_per_token'] / 1e6:.1f} MB of weights; at "
             f"{roof['memory_gbps']:.1f} GB/s from memory"
             + (
-                f" and {entry['disk_bytes_per_token'] / 1e6:.1f} MB of it from disk at "
-                f"{roof['disk_gbps']:.2f} GB/s"
+                f" and {entry['disk_bytes_per_token'] / 1e6:.1f} MB of it from disk at {roof['disk_gbps']:.2f} GB/s"
                 if entry["disk_bytes_per_token"] and roof["disk_gbps"]
                 else ""
             )
@@ -524,10 +560,14 @@ def sentences(condition: dict[str, Any]) -> list[str]:
     lines += [f"{note}." for note in roof["notes"]]
     comparable = condition["comparable"]
     if comparable["top1_agreement"] is not None:
-        lines.append(
-            f"Both found the same next token likeliest in {comparable['top1_agreement']:.1%} of the steps."
-        )
+        lines.append(f"Both found the same next token likeliest in {comparable['top1_agreement']:.1%} of the steps.")
     lines += [f"NOT COMPARABLE: {reason}." for reason in comparable["reasons"]]
+    repeated = len(condition["noise"]["set_aside"])
+    if repeated:
+        lines.append(
+            f"{repeated} rounds were repeated, because other processes took more than "
+            f"{condition['noise']['others_cpu_threshold']:.0%} of the CPU time (noise.set_aside in the JSON)."
+        )
     lines += [f"TOO NOISY TO TELL: {reason}." for reason in condition["noise"]["reasons"]]
     return lines
 
@@ -546,9 +586,7 @@ EXAMPLES = (
 
 
 def command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A sparse-GGUF; a stock GGUF is converted first.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A sparse-GGUF; a stock GGUF is converted first.")],
     baseline: Annotated[
         Path | None,
         typer.Option(

@@ -1,9 +1,9 @@
 """Loading a sparse-GGUF into stock llama.cpp: the Python half of the seam (docs/SEAM.md).
 
 What happens, in order: the file is checked (`gguf_tools.SparseGGUF`); the C backend meets the process's libggml and
-registers its device (once); stock's loader is given a stream that looks like the source GGUF (`gguf_tools.virtual`) with
-our buffer type named for the FFN tensors, so that it reads everything else; beside that the C backend reads the neuron
-bundles into memory.
+registers its device (once); stock's loader is given a stream that looks like the source GGUF (`gguf_tools.virtual`)
+with our buffer type named for the FFN tensors, so that it reads everything else; beside that the C backend reads the
+neuron bundles into memory.
 """
 
 from __future__ import annotations

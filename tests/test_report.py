@@ -49,7 +49,7 @@ def _condition(limit: int | None, fits: bool) -> dict[str, Any]:
                                    "needs_bytes": 10**9}  # fmt: skip
     touches = {"stock": roofline.TokenBytes(3 * 10**8, 0, 7 * 10**8, 10**9),
                "sparse": roofline.TokenBytes(3 * 10**8, 10**8, 10**8, 10**9)}  # fmt: skip
-    speeds = {"memory": 25e9, "disk": 1.5e9, "disk_table": [{"block": 65536, "depth": 16, "gbps": 1.5}]}
+    speeds = {"memory": [15e9, 25e9], "disk": 1.5e9, "disk_table": [{"block": 65536, "depth": 16, "gbps": 1.5}]}
     work = figures.Workload([], "drawn", 16, 8, 3, 2, 60)
     verdict = {"ok": True, "reasons": [], "engines": {}, "top1_agreement": 0.99}
     ratio = figures.ratios(named, verdict)
@@ -61,9 +61,9 @@ def _condition(limit: int | None, fits: bool) -> dict[str, Any]:
         "sparse": summaries.pop("sparse"),
         "engines": summaries,
         "ratio": ratio,
-        "roofline": figures.limits(named, touches, speeds, limit),
+        "roofline": figures.limits(named, touches, limit, speeds),
         "comparable": verdict,
-        "noise": figures.noise(named, ratio, (0.0, 0.0, 0.0)),
+        "noise": {**figures.noise(named, ratio, (0.0, 0.0, 0.0)), "set_aside": []},
     }  # fmt: skip
     condition["summary"] = bench.sentences(condition)
     return condition
@@ -172,9 +172,7 @@ def test_nothing_ran(result: dict[str, Any], tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.glob("*.png")) == ["memory.png", "speed.png"]
 
 
-def test_a_folder_that_cannot_be(
-    result: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_folder_that_cannot_be(result: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
         report.check_folder(tmp_path / "file")
