@@ -178,13 +178,13 @@ def disk_speed(folder: str | Path, seconds: float = 0.3) -> list[DiskSpeed]:
     """Speeds of 4 KiB, 64 KiB and 1 MiB reads, 1 and 16 in flight, ``seconds`` for each of the six."""
     with direct_file(folder) as (fd, size):
         return [
-            DiskSpeed(block, depth, _random_reads(fd, size, block, depth, seconds))
+            DiskSpeed(block, depth, random_reads(fd, size, block, depth, seconds))
             for block in (4096, 64 * 1024, MIB)
             for depth in (1, 16)
         ]
 
 
-def _random_reads(fd: int, size: int, block: int, depth: int, seconds: float) -> float:
+def random_reads(fd: int, size: int, block: int, depth: int, seconds: float) -> float:
     """Bytes per second of ``depth`` threads that each read random aligned blocks until the time is up."""
     deadline = time.perf_counter() + seconds
 

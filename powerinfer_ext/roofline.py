@@ -161,7 +161,7 @@ def disk_speeds(path: str, seconds: float = 0.4) -> list[machine.DiskSpeed]:
     try:
         size = os.fstat(fd).st_size
         return [
-            machine.DiskSpeed(block, depth, machine._random_reads(fd, size, block, depth, seconds))
+            machine.DiskSpeed(block, depth, machine.random_reads(fd, size, block, depth, seconds))
             for block in _BLOCKS
             if block <= size
             for depth in _DEPTHS
