@@ -37,7 +37,7 @@ DOWN_TYPES = {
 
 # What `--down-type auto` makes of a source type; of types that are not listed (below 4 bits, or with scales
 # that are powers of two) Q8_0. Q8_0 becomes columns of integers (I8), which loses nothing: blocked anew as
-# Q8_0 it moves the bundled mixture by a mean KL of 1.2e-4 and flips 0.8 % of the top tokens (4096 held-out
+# Q8_0 it moved an earlier bundled mixture by a mean KL of 1.2e-4 and flipped 0.8 % of top tokens (4096 held-out
 # tokens). The 4-bit types kept as they are move perplexity by 0.1 % at most, and I8 would be larger.
 AUTO_DOWN_TYPE = {t: t for t in DOWN_TYPES.values()} | {quants.Q8_0: quants.I8}
 
