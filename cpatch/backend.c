@@ -4,6 +4,7 @@
 
 #include "buffer.h"
 #include "ffn.h"
+#include "kernels.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -150,10 +151,7 @@ static void quantize_inputs(const struct backend_context *c, const struct ggml_t
     const int64_t n1 = x->ne[1], n = n1 * x->ne[2];
 #pragma omp parallel for num_threads(c->n_threads) if (n > 1)
     for (int64_t r = 0; r < n; r++) {
-        void *dst = m->xq + (size_t)r * m->xq_row;
-        const float *src = row_at(x, r % n1, r / n1);
-        if (type == ABI_TYPE_F32) memcpy(dst, src, (size_t)x->ne[0] * sizeof(float));
-        else ggml.ggml_get_type_traits_cpu(type)->from_float(src, dst, x->ne[0]);
+        kernel_round_input(type, x->ne[0], row_at(x, r % n1, r / n1), m->xq + (size_t)r * m->xq_row);
     }
 }
 

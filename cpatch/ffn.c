@@ -205,7 +205,7 @@ static void round_activations(const struct pi_layer *layer, const struct work *w
     uint8_t *packed = w->packed + (size_t)thread * w->packed_size;
     for (int r = 0; r < n_rows && n > 0; r++) {
         float *values = w->rounded + r * layer->spec.n_ff + begin;
-        ggml.ggml_get_type_traits_cpu(w->round_type)->from_float(values, packed, n);
+        kernel_round_input(w->round_type, n, values, packed);
         kernel_dequantize(w->round_type, n, packed, values);
     }
 }
@@ -240,7 +240,7 @@ static void run_blocks(const struct pi_layer *layer, const struct block *blocks,
     const int64_t n_embd = layer->spec.n_embd, n_ff = layer->spec.n_ff;
     const size_t acc_size = (size_t)w->n_rows * (size_t)n_embd;
     const int32_t begin = (int32_t)(n_ff * thread / n_threads), end = (int32_t)(n_ff * (thread + 1) / n_threads);
-    const bool gated = layer->spec.up_name != NULL && blocks[0].rows[0].h != NULL;
+    const bool fused = blocks[0].rows[0].h != NULL; /* up is computed too */
     int n_rows = 0;
 
     memset(w->acc + (size_t)thread * acc_size, 0, acc_size * sizeof(float));
@@ -248,9 +248,9 @@ static void run_blocks(const struct pi_layer *layer, const struct block *blocks,
         n_rows += blocks[b].n_rows;
         blocks[b].found[thread] = scan(&blocks[b], begin, end, all, blocks[b].list + begin);
         tally->touched += (uint64_t)blocks[b].found[thread];
-        if (!gated) count_nonzero(&blocks[b], begin, end, tally);
+        if (!fused) count_nonzero(&blocks[b], begin, end, tally);
     }
-    if (gated) {
+    if (fused) {
 #pragma omp barrier
         run_pass(PASS_UP, layer, blocks, n_blocks, all, thread, n_threads, w, tally);
 #pragma omp barrier
@@ -393,8 +393,7 @@ int pi_ffn(struct pi_model *model, int i, int n_rows, const int32_t *expert, con
     int result = 0;
     for (int r = 0; r < n_rows && result == 0; r++) {
         uint8_t *xq = memory + (size_t)r * row_size;
-        if (gated && type == ABI_TYPE_F32) memcpy(xq, x + r * spec->n_embd, (size_t)spec->n_embd * sizeof(float));
-        else if (gated) ggml.ggml_get_type_traits_cpu(type)->from_float(x + r * spec->n_embd, xq, spec->n_embd);
+        if (gated) kernel_round_input(type, spec->n_embd, x + r * spec->n_embd, xq);
         rows[r] = (struct ffn_row){.expert = expert != NULL ? expert[r] : 0,
                                    .xq = gated ? xq : NULL,
                                    .g = g + r * spec->n_ff,

@@ -111,6 +111,11 @@ void kernel_dequantize(int type, int64_t n, const void *x, float *y) {
     }
 }
 
+void kernel_round_input(int type, int64_t n, const float *x, void *y) {
+    if (type == ABI_TYPE_F32) memcpy(y, x, (size_t)n * sizeof(float));
+    else ggml.ggml_get_type_traits_cpu(type)->from_float(x, y, n);
+}
+
 void kernel_axpy(int type, int64_t n, float a, const void *x, float *y, float *tmp) {
     switch (type) {
     case ABI_TYPE_F32: kernel_axpy_f32(n, a, x, y); break;

@@ -21,6 +21,9 @@ void kernel_dequantize(int type, int64_t n, const void *x, float *y);
 /* Whether kernel_dequantize() knows the type. */
 bool kernel_can_dequantize(int type);
 
+/* y = x rounded to a type that vec_dot takes as its second operand (F32: a copy). */
+void kernel_round_input(int type, int64_t n, const float *x, void *y);
+
 /* y[0..n) += a * x[0..n) */
 void kernel_axpy_f32(int64_t n, float a, const float *x, float *y);
 

@@ -248,19 +248,6 @@ int pi_model_read(struct pi_model *model, int fd, int n_threads, char *err, size
     return 0;
 }
 
-int pi_dequantize(int type, const void *x, float *y, int64_t n_rows, int64_t n) {
-    const size_t row = abi_row_size(type, n);
-    if (row == 0 || n_rows < 0) return -1;
-    if (type == ABI_TYPE_F32) {
-        memcpy(y, x, (size_t)n_rows * row);
-        return 0;
-    }
-    const struct ggml_type_traits *traits = ggml.ggml_get_type_traits(type);
-    if (traits->to_float == NULL) return -1;
-    for (int64_t r = 0; r < n_rows; r++) traits->to_float((const uint8_t *)x + (size_t)r * row, y + r * n, n);
-    return 0;
-}
-
 int pi_quantize(int type, const float *x, void *y, int64_t n_rows, int64_t n) {
     const size_t row = abi_row_size(type, n);
     if (row == 0 || n_rows < 0 || ggml.ggml_quantize_requires_imatrix(type)) return -1;

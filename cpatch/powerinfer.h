@@ -103,9 +103,8 @@ void *pi_vgguf_file(struct pi_vgguf *v);
 int pi_vgguf_error(struct pi_vgguf *v, int64_t *offset);
 void pi_vgguf_close(struct pi_vgguf *v);
 
-/* Rows of y (n_rows x n float) from quantised rows at x, and back, through ggml's own routines. -1: unknown type or
- * a row length that its block does not divide. For tests and tools. */
-int pi_dequantize(int type, const void *x, float *y, int64_t n_rows, int64_t n);
+/* Quantised rows at y from n_rows x n floats at x, through ggml's own routines. -1: unknown type or a row length that
+ * its block does not divide. For tests. */
 int pi_quantize(int type, const float *x, void *y, int64_t n_rows, int64_t n);
 
 #endif
