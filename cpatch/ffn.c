@@ -142,8 +142,12 @@ void ffn_column(const struct pi_layer *layer, int expert, int64_t j, float *y) {
 static void add_column(const struct pi_layer *layer, int expert, int64_t j, float a, float *y, float *tmp) {
     const struct pi_layer_spec *spec = &layer->spec;
     const uint8_t *column = bundle_of(layer, expert, j) + spec->down_offset;
-    if (spec->down_type != ABI_TYPE_I8) kernel_axpy(spec->down_type, spec->n_embd, a, column, y, tmp);
-    else kernel_axpy_scaled(spec->n_embd, a, (const int8_t *)column, scales_of(layer, expert, j), y);
+    if (spec->down_type != ABI_TYPE_I8) {
+        kernel_axpys(spec->down_type, spec->n_embd, &column, &a, 1, y, tmp);
+    } else {
+        const uint16_t *scales = scales_of(layer, expert, j);
+        kernel_axpys_scaled(spec->n_embd, &column, &scales, &a, 1, y);
+    }
 }
 
 /* The activation of neuron j for all rows of the block that want it. */
@@ -173,12 +177,19 @@ static void compute_down(const struct pi_layer *layer, const struct block *block
         if (*h != 0.0f || all) add_column(layer, expert, j, *h, y, tmp);
         return;
     }
-    bool expanded = false;
+    float *ys[FFN_BLOCK_ROWS], a[FFN_BLOCK_ROWS];
+    int n = 0;
     for (int r = 0; r < block->n_rows; r++, h += layer->spec.n_ff, y += n_embd) {
         if (*h == 0.0f && !all) continue;
-        if (!expanded) ffn_column(layer, expert, j, tmp);
-        expanded = true;
-        kernel_axpy_f32(n_embd, *h, tmp, y);
+        a[n] = *h;
+        ys[n++] = y;
+    }
+    const uint8_t *column = bundle_of(layer, expert, j) + layer->spec.down_offset;
+    if (n == 0) return;
+    if (layer->spec.down_type != ABI_TYPE_I8) {
+        kernel_axpys_outputs(layer->spec.down_type, n_embd, column, a, ys, n, tmp);
+    } else {
+        kernel_axpys_outputs_scaled(n_embd, column, scales_of(layer, expert, j), a, ys, n, tmp);
     }
 }
 

@@ -12,7 +12,7 @@
 #define CLONES
 #endif
 
-CLONES void kernel_axpy_f32(int64_t n, float a, const float *x, float *y) {
+CLONES static void axpy_f32(int64_t n, float a, const float *x, float *y) {
     for (int64_t i = 0; i < n; i++) y[i] += a * x[i];
 }
 
@@ -34,7 +34,7 @@ static inline float half_to_float(uint16_t h) {
     return bits.f;
 }
 
-CLONES void kernel_axpy_scaled(int64_t n, float a, const int8_t *x, const uint16_t *scales, float *y) {
+CLONES static void axpy_scaled(int64_t n, float a, const int8_t *x, const uint16_t *scales, float *y) {
     for (int64_t i = 0; i < n; i++) y[i] += a * half_to_float(scales[i]) * (float)x[i];
 }
 
@@ -116,13 +116,48 @@ void kernel_round_input(int type, int64_t n, const float *x, void *y) {
     else ggml.ggml_get_type_traits_cpu(type)->from_float(x, y, n);
 }
 
-void kernel_axpy(int type, int64_t n, float a, const void *x, float *y, float *tmp) {
+int kernel_input_type(int type) {
+    const struct ggml_type_traits_cpu *traits = ggml.ggml_get_type_traits_cpu(type);
+    return traits->vec_dot == NULL ? -1 : traits->vec_dot_type;
+}
+
+void kernel_dots(int type, int64_t n, const uint8_t *const *rows, int n_rows, const void *xq, float *out) {
+    const struct ggml_type_traits_cpu *traits = ggml.ggml_get_type_traits_cpu(type);
+    for (int k = 0; k < n_rows; k++) traits->vec_dot((int)n, out + k, 0, rows[k], 0, xq, 0, 1);
+}
+
+void kernel_dots_inputs(int type, int64_t n, const uint8_t *row, const void *const *xqs, int n_x, float *out) {
+    const struct ggml_type_traits_cpu *traits = ggml.ggml_get_type_traits_cpu(type);
+    for (int i = 0; i < n_x; i++) traits->vec_dot((int)n, out + i, 0, row, 0, xqs[i], 0, 1);
+}
+
+static void axpy(int type, int64_t n, float a, const void *x, float *y, float *tmp) {
     switch (type) {
-    case ABI_TYPE_F32: kernel_axpy_f32(n, a, x, y); break;
+    case ABI_TYPE_F32: axpy_f32(n, a, x, y); break;
     case ABI_TYPE_Q8_0: axpy_q8_0(n, a, x, y); break;
     case ABI_TYPE_Q4_0: axpy_q4_0(n, a, x, y); break;
     default:
         kernel_dequantize(type, n, x, tmp);
-        kernel_axpy_f32(n, a, tmp, y);
+        axpy_f32(n, a, tmp, y);
     }
+}
+
+void kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const float *a, int n_cols, float *y, float *tmp) {
+    for (int k = 0; k < n_cols; k++) axpy(type, n, a[k], cols[k], y, tmp);
+}
+
+void kernel_axpys_outputs(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_y, float *tmp) {
+    kernel_dequantize(type, n, col, tmp);
+    for (int i = 0; i < n_y; i++) axpy_f32(n, a[i], tmp, ys[i]);
+}
+
+void kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a, int n_cols,
+                         float *y) {
+    for (int k = 0; k < n_cols; k++) axpy_scaled(n, a[k], (const int8_t *)cols[k], scales[k], y);
+}
+
+void kernel_axpys_outputs_scaled(int64_t n, const uint8_t *col, const uint16_t *scales, const float *a, float *const *ys,
+                                 int n_y, float *tmp) {
+    kernel_dequantize_scaled(n, (const int8_t *)col, scales, tmp);
+    for (int i = 0; i < n_y; i++) axpy_f32(n, a[i], tmp, ys[i]);
 }

@@ -1,31 +1,51 @@
-/* kernels.h - the arithmetic on one neuron's segment.
+/* kernels.h - the arithmetic on rows of weights: dot products with rows of gate and up, sums of columns of down.
  *
- * Dot products with up rows go through ggml's own vec_dot (as stock computes them, so results agree with stock);
- * what ggml has no kernel for is adding a scaled quantised column of down to an accumulator, which is here. */
+ * Rows are given as lists of pointers, because the neurons that fire lie scattered, in memory or in cache slots. A
+ * kernel takes the whole list, so that it can fetch the next rows' cache lines while it computes, and keep
+ * accumulators in registers over tiles of columns.
+ *
+ * Results must not depend on how a list is cut into calls, bit for bit: each dot product is a sum of its own, and
+ * every element of y receives its terms in list order, one fused multiply-add each. Streaming relies on that.
+ *
+ * Inputs of dot products are rounded once, to the type that ggml's own kernel for the weight type takes
+ * (kernel_input_type), so that answers agree with stock llama.cpp. */
 #ifndef POWERINFER_KERNELS_H
 #define POWERINFER_KERNELS_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
-/* y[0..n) += a * dequantised(x). n is a multiple of the type's block. tmp: n floats of scratch. */
-void kernel_axpy(int type, int64_t n, float a, const void *x, float *y, float *tmp);
+/* out[k] = dot(rows[k], xq) for k < n_rows; n values per row, a multiple of the type's block. xq: kernel_input_type. */
+void kernel_dots(int type, int64_t n, const uint8_t *const *rows, int n_rows, const void *xq, float *out);
 
-/* y[i] += a * scales[i] * x[i]; y[i] = scales[i] * x[i]: columns of integers with a row of half-precision scales. */
-void kernel_axpy_scaled(int64_t n, float a, const int8_t *x, const uint16_t *scales, float *y);
+/* out[i] = dot(row, xqs[i]) for i < n_x: one row, several tokens. */
+void kernel_dots_inputs(int type, int64_t n, const uint8_t *row, const void *const *xqs, int n_x, float *out);
+
+/* y[0..n) += a[0] * cols[0] + a[1] * cols[1] + ..., in this order. tmp: n floats of scratch. */
+void kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const float *a, int n_cols, float *y, float *tmp);
+
+/* ys[i][0..n) += a[i] * col for i < n_y: one column, several tokens. The same bits as kernel_axpys gives. */
+void kernel_axpys_outputs(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_y, float *tmp);
+
+/* The same for columns of integers with a row of half-precision scales each: a * scales[i] * col[i] (I8 in FORMAT.md). */
+void kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a, int n_cols,
+                         float *y);
+void kernel_axpys_outputs_scaled(int64_t n, const uint8_t *col, const uint16_t *scales, const float *a, float *const *ys,
+                                 int n_y, float *tmp);
 void kernel_dequantize_scaled(int64_t n, const int8_t *x, const uint16_t *scales, float *y);
 
-/* y[0..n) = dequantised(x). Also for the types that only vec_dot operands have: Q8_1 and Q8_K. */
+/* The type that inputs of dot products with rows of this type are rounded to; -1: no dot product for it. */
+int kernel_input_type(int type);
+
+/* y[0..n) = dequantised(x). Also for the types that only inputs of dot products have: Q8_1 and Q8_K. */
 void kernel_dequantize(int type, int64_t n, const void *x, float *y);
 
 /* Whether kernel_dequantize() knows the type. */
 bool kernel_can_dequantize(int type);
 
-/* y = x rounded to a type that vec_dot takes as its second operand (F32: a copy). */
+/* y = x rounded to a type that dot products take (F32: a copy). */
 void kernel_round_input(int type, int64_t n, const float *x, void *y);
-
-/* y[0..n) += a * x[0..n) */
-void kernel_axpy_f32(int64_t n, float a, const float *x, float *y);
 
 /* y[0..n) += x[0..n) */
 void kernel_add_f32(int64_t n, const float *x, float *y);
