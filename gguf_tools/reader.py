@@ -18,13 +18,14 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import gguf
 
 from gguf_tools.errors import FormatError
 
 MAGIC = b"GGUF"
+POWERINFER_MAGIC = b"PWRI"  # what PowerInfer writes in its place; see powerinfer_import.py
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 20
 # llama.cpp stops at these too (GGML_MAX_NAME counts the terminating zero, GGML_MAX_DIMS).
@@ -183,6 +184,9 @@ class GGUFFile:
     `fields` and `tensors` keep the order of the file. Use as a context manager, or call `close()`.
     """
 
+    magics: ClassVar[tuple[bytes, ...]] = (MAGIC,)
+    renumbered: ClassVar[Mapping[int, int]] = {}  # ggml types that had another number when the file was written
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         # O_NONBLOCK: opening a FIFO must not wait for a writer. It has no effect on regular files.
@@ -273,7 +277,11 @@ class GGUFFile:
     def _parse(self) -> None:
         cursor = _Cursor(self)
         magic = bytes(cursor.take(4, "magic"))
-        if magic != MAGIC:
+        if magic not in self.magics:
+            if magic == POWERINFER_MAGIC:
+                raise self._fail(
+                    "magic", "this is a PowerInfer model (PWRI); make a sparse-GGUF of it with: powerinfer convert"
+                )
             if magic == MAGIC[::-1]:
                 raise self._fail("magic", "this is a big-endian GGUF; convert it to little-endian first")
             raise self._fail("magic", f"not a GGUF file (it starts with {magic!r})")
@@ -444,6 +452,7 @@ class _Cursor:
             if not 1 <= n < 1 << 63 or elements >= 1 << 63:
                 raise self.file._fail(where, f"{list(shape)} has a dimension of zero or overflows 63 bits")
         ggml_type = self.u32(f"type of tensor {label}")
+        ggml_type = self.file.renumbered.get(ggml_type, ggml_type)
         if ggml_type not in BLOCKS:
             raise self.file._fail(f"type of tensor {label}", f"unknown ggml type {ggml_type}")
         block, block_bytes = BLOCKS[ggml_type]
