@@ -16,18 +16,19 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from gguf_tools import quants, sparse
 from gguf_tools.activations import NATIVE
 from gguf_tools.errors import ConversionError, FormatError
-from gguf_tools.reader import BLOCKS, I32, STRING, U32, U64, Field, GGUFFile, TensorInfo, row_bytes, type_name
+from gguf_tools.predictor import Predictor
+from gguf_tools.reader import BLOCKS, F32, I32, STRING, U32, U64, Field, GGUFFile, TensorInfo, row_bytes, type_name
 from gguf_tools.stream import PIECE, WORKERS, Progress, Reporter, permuted_rows, pieces, row_ranges, strips
 from gguf_tools.writer import GGUFWriter, NewTensor
 
-_F16, _I8, _I32 = 1, 24, 26
+_F32, _F16, _I8, _I32 = 0, 1, 24, 26
 
 # Names of `--down-type`, besides auto and same. Coarser types are left out: they save little of what a bundle
 # takes, lose much, and most of them want an importance matrix.
@@ -58,6 +59,38 @@ _UNSUPPORTED = {
 
 
 @dataclass(frozen=True)
+class Calibrated:
+    """What calibration found out about one FFN; parts may be missing. Neurons are numbered as in the source.
+
+    order: stored -> source, int [n_ff] or [n_expert, n_ff]. frequency: share of tokens a neuron fires for, float
+    of the same shape. hot_count: neurons at the start of the order that are hot. predictor: makes the FFN a
+    predicted one. thresholds: float [n_ff] or [n_expert, n_ff], see docs/FORMAT.md;
+    density: the share of neurons above them.
+    """
+
+    order: np.ndarray | None = None
+    frequency: np.ndarray | None = None
+    hot_count: int = 0
+    predictor: Predictor | None = None
+    thresholds: np.ndarray | None = None
+    density: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model was calibrated with, and the outcome by FFN: "3" is layer 3, "3_exps" its experts.
+
+    profile: the digest of the profile, or empty. threshold_kind: cats or chess, where there are thresholds.
+    """
+
+    ffns: Mapping[str, Calibrated]
+    text: str = ""
+    tokens: int = 0
+    profile: str = ""
+    threshold_kind: str | None = None
+
+
+@dataclass(frozen=True)
 class FFN:
     """The tensors of one FFN in the source, and what its bundle will hold (types are ggml types)."""
 
@@ -66,6 +99,16 @@ class FFN:
     up: TensorInfo
     down: TensorInfo
     down_type: int
+    found: Calibrated = field(default=Calibrated(), compare=False)
+
+    @property
+    def unit(self) -> str:
+        """Its key in a `Calibration`."""
+        return f"{self.index}{self.suffix}"
+
+    @property
+    def predicted(self) -> bool:
+        return self.found.predictor is not None
 
     @property
     def suffix(self) -> str:
@@ -76,9 +119,15 @@ class FFN:
         return self.gate or self.up
 
     @property
+    def rows(self) -> list[TensorInfo]:
+        """The source's tensors whose rows are segments of the bundle, in that order."""
+        tensors = ([self.gate] if self.gate else []) + [self.up]
+        return tensors if self.predicted else tensors[1:]
+
+    @property
     def hidden(self) -> list[TensorInfo]:
         """The source's tensors that move into the bundle."""
-        return [self.up, self.down] if self.gate else [self.down]
+        return [*self.rows, self.down]
 
     @property
     def n_embd(self) -> int:
@@ -94,12 +143,13 @@ class FFN:
         return math.prod(self.up.shape[2:])
 
     @property
-    def layout(self) -> tuple[int, int, int]:
-        return sparse.bundle_layout(self.gate is not None, self.up.type, self.down_type, self.n_embd)
+    def layout(self) -> tuple[tuple[int, ...], int]:
+        """Offsets of the segments, that of down last, and the stride."""
+        return sparse.bundle_layout([tensor.type for tensor in self.rows] + [self.down_type], self.n_embd)
 
     @property
     def bundle(self) -> NewTensor:
-        stride = self.layout[2]
+        stride = self.layout[1]
         return NewTensor(
             f"blk.{self.index}.ffn_bundle{self.suffix}.weight", _I8, (stride, *self.up.shape[1:])
         )
@@ -115,6 +165,25 @@ class FFN:
             return None
         shape = (self.n_embd, self.n_ff // quants.SCALE_GROUP, *self.up.shape[2:])
         return NewTensor(f"blk.{self.index}.ffn_down_scale{self.suffix}.weight", _F16, shape)
+
+    def extras(self) -> list[tuple[NewTensor, np.ndarray]]:
+        """The tensors that calibration adds, with their contents in stored order."""
+        found, prefix, shape = self.found, f"blk.{self.index}.ffn_", self.up.shape[1:]
+        identity = np.broadcast_to(np.arange(self.n_ff), (self.experts, self.n_ff))
+        order = identity if found.order is None else found.order
+        values: list[tuple[NewTensor, np.ndarray]] = []
+        for name, per_neuron in (("freq", found.frequency), ("thresh", found.thresholds)):
+            if per_neuron is not None:
+                tensor = NewTensor(f"{prefix}{name}{self.suffix}.weight", _F32, shape)
+                values.append((tensor, np.take_along_axis(per_neuron, order, 1).astype("<f4")))
+        if p := found.predictor:
+            if p.a is not None:
+                values.append((NewTensor(f"{prefix}pred_a.weight", p.a_type, (self.n_embd, p.rank)), p.a))
+            width = p.rank or self.n_embd
+            values.append((NewTensor(f"{prefix}pred_b.weight", p.b_type, (width, self.n_ff)), p.b[order[0]]))
+            bias = p.bias[order[0]].astype("<f4")
+            values.append((NewTensor(f"{prefix}pred_bias.weight", _F32, shape), bias))
+        return values
 
     @property
     def biases(self) -> tuple[str, ...]:
@@ -140,6 +209,12 @@ class LayerReport:
     requantised: bool
     relative_rms: float
     bytes_per_neuron: int
+    predictor: str  # "none" for an exact layer
+    predictor_rank: int
+    predictor_bytes: int
+    recall: float | None  # of the predictor, on tokens it was not trained on
+    computed: float | None
+    hot_count: int
 
 
 @dataclass(frozen=True)
@@ -151,11 +226,13 @@ class ConversionReport:
     architecture: str
     activation: str
     gated: bool
+    mode: str
     source_bytes: int
     output_bytes: int
     source_sha256: str
     seconds: float
     layers: list[LayerReport]
+    notes: list[str]  # what was asked for and not done, one sentence each
 
     @property
     def requantised(self) -> list[LayerReport]:
@@ -174,6 +251,7 @@ def convert(
     activation: str | None = None,
     down_type: str = "auto",
     order: Mapping[int, np.ndarray] | None = None,
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Write `output`, the sparse-GGUF of the stock GGUF `source`.
@@ -181,8 +259,9 @@ def convert(
     `activation`: relu, relu2, drelu, silu or gelu; default: the source's hint, else its architecture's own.
     `down_type`: type that the transposed `down` is stored in; ``auto`` keeps the source's where possible,
     ``same`` insists on that, others are ggml type names (``q8_0``). `order`: layer -> stored-to-original
-    neuron permutation, int [n_ff] or [n_expert, n_ff]; layers left out keep their order. `progress(done,
-    total, what)` counts bytes.
+    neuron permutation, int [n_ff] or [n_expert, n_ff]; layers left out keep their order. `calibration`: what
+    is known about the FFNs, orders included; where it has predictors the file's mode is predict.
+    `progress(done, total, what)` counts bytes.
 
     Raises FormatError (bad source), ConversionError (it cannot be done; says why), OSError (source
     unreadable).
@@ -191,11 +270,12 @@ def convert(
     with GGUFFile.open(source) as file:
         _refuse_same_file(file, output)
         plan = plan_conversion(file, activation, down_type)
-        ffns, gated = plan.ffns, plan.gated
-        orders = _check_orders(ffns, order or {})
+        calibration, notes = _merge(file, plan, order or {}, calibration)
+        ffns, gated = [replace(ffn, found=calibration.ffns[ffn.unit]) for ffn in plan.ffns], plan.gated
+        orders = [ffn.found.order for ffn in ffns]
         writer = GGUFWriter(
             output,
-            _fields(file, ffns, plan.activation, gated),
+            _fields(file, ffns, plan.activation, gated, calibration),
             _plan(file, ffns),
             alignment=sparse.FILE_ALIGNMENT,
         )
@@ -212,15 +292,18 @@ def convert(
             architecture=plan.architecture,
             activation=plan.activation,
             gated=gated,
+            mode="predict" if any(ffn.predicted for ffn in ffns) else "exact",
             source_bytes=file.size,
             output_bytes=writer.size,
             source_sha256=digest,
             seconds=time.monotonic() - started,
             layers=[_layer_report(ffn, error) for ffn, error in zip(ffns, errors, strict=True)],
+            notes=notes,
         )
 
 
 def _layer_report(ffn: FFN, relative_rms: float) -> LayerReport:
+    predictor = ffn.found.predictor
     return LayerReport(
         index=ffn.index,
         kind="moe" if ffn.suffix else "dense",
@@ -233,7 +316,13 @@ def _layer_report(ffn: FFN, relative_rms: float) -> LayerReport:
         down_type=type_name(ffn.down_type),
         requantised=not quants.transposes_exactly(ffn.down.type, ffn.down_type),
         relative_rms=relative_rms,
-        bytes_per_neuron=ffn.layout[2],
+        bytes_per_neuron=ffn.layout[1],
+        predictor=predictor.kind if predictor else sparse.NO_PREDICTOR,
+        predictor_rank=predictor.rank if predictor else 0,
+        predictor_bytes=predictor.nbytes if predictor else 0,
+        recall=predictor.recall if predictor else None,
+        computed=predictor.computed if predictor else None,
+        hot_count=ffn.found.hot_count,
     )
 
 
@@ -413,29 +502,79 @@ def _choose_activation(file: GGUFFile, architecture: str, gated: bool, wanted: s
     return wanted
 
 
-def _check_orders(ffns: list[FFN], order: Mapping[int, np.ndarray]) -> list[np.ndarray | None]:
-    """Per FFN its stored -> original permutations, int32 [experts, n_ff], or None for the identity."""
-    unknown = set(order) - {ffn.index for ffn in ffns}
+def _merge(
+    file: GGUFFile, plan: Plan, orders: Mapping[int, np.ndarray], calibration: Calibration | None
+) -> tuple[Calibration, list[str]]:
+    """The calibration with checked contents for every FFN of the plan, and what had to be left out of it.
+
+    Orders become int32 [experts, n_ff], or None where they are the identity.
+    """
+    calibration = calibration or Calibration({})
+    unknown = set(orders) - {ffn.index for ffn in plan.ffns}
     if unknown:
         raise ConversionError(f"neuron orders given for layers without an FFN: {sorted(unknown)}")
-    checked: list[np.ndarray | None] = []
-    for ffn in ffns:
-        if ffn.index not in order:
-            checked.append(None)
+    foreign = set(calibration.ffns) - {ffn.unit for ffn in plan.ffns}
+    if foreign:
+        raise ConversionError(
+            f"{file.path}: the calibration is about FFNs that this model does not have: {sorted(foreign)}; "
+            "calibrate this model"
+        )
+    checked, notes = {}, []
+    for ffn in plan.ffns:
+        found = calibration.ffns.get(ffn.unit, Calibrated())
+        if ffn.index in orders:
+            found = replace(found, order=orders[ffn.index])
+        if found.predictor and (obstacle := predict_obstacle(file, plan, ffn)):
+            notes.append(f"layer {ffn.index} stays exact: {obstacle}")
+            found = replace(found, predictor=None)
+        checked[ffn.unit] = _check_calibrated(ffn, found)
+    return replace(calibration, ffns=checked), notes
+
+
+def predict_obstacle(file: GGUFFile, plan: Plan, ffn: FFN) -> str | None:
+    """Why the neurons of an FFN cannot be predicted, or None."""
+    if plan.activation not in sparse.SILENT:
+        return f"its neurons are never silent ({plan.activation})"
+    if ffn.suffix:
+        return "mixtures of experts are not predicted"
+    if any(bias in file.tensors for bias in ffn.biases):
+        return "its matrices have biases, which stock llama.cpp adds in between"
+    return None
+
+
+def _check_calibrated(ffn: FFN, found: Calibrated) -> Calibrated:
+    where = f"layer {ffn.index}"
+    shape = (ffn.experts, ffn.n_ff)
+    order = _check_order(ffn, found.order)
+    parts: dict[str, np.ndarray | None] = {"frequency": found.frequency, "thresholds": found.thresholds}
+    for name, values in parts.items():
+        if values is None:
             continue
-        rows = np.asarray(order[ffn.index])
-        rows = rows.reshape(1, -1) if rows.ndim == 1 else rows
-        identity = np.arange(ffn.n_ff, dtype=np.int32)
-        if rows.shape != (ffn.experts, ffn.n_ff) or any(
-            not np.array_equal(np.sort(row), identity) for row in rows
-        ):
-            raise ConversionError(
-                f"neuron order of layer {ffn.index} is not {ffn.experts} permutation(s) of "
-                f"0 to {ffn.n_ff - 1}"
-            )
-        rows = rows.astype(np.int32)
-        checked.append(None if (rows == identity).all() else rows)
-    return checked
+        values = np.asarray(values, np.float32)
+        if values.size != math.prod(shape) or values.shape[-1] != ffn.n_ff or not (values >= 0).all():
+            raise ConversionError(f"{name} of {where} is not {ffn.experts} x {ffn.n_ff} numbers of at least 0")
+        parts[name] = values.reshape(shape)
+    if not 0 <= found.hot_count <= ffn.n_ff:
+        raise ConversionError(f"{found.hot_count} hot neurons for {where}, which has {ffn.n_ff} neurons")
+    if found.predictor:
+        if found.thresholds is not None:
+            raise ConversionError(f"{where} is given a predictor and thresholds; it can have one of them")
+        found.predictor.check(where, ffn.n_embd, ffn.n_ff)
+    return replace(found, order=order, **parts)
+
+
+def _check_order(ffn: FFN, order: np.ndarray | None) -> np.ndarray | None:
+    if order is None:
+        return None
+    rows = np.asarray(order)
+    rows = rows.reshape(1, -1) if rows.ndim == 1 else rows
+    identity = np.arange(ffn.n_ff, dtype=np.int32)
+    if rows.shape != (ffn.experts, ffn.n_ff) or any(not np.array_equal(np.sort(row), identity) for row in rows):
+        raise ConversionError(
+            f"neuron order of layer {ffn.index} is not {ffn.experts} permutation(s) of 0 to {ffn.n_ff - 1}"
+        )
+    rows = rows.astype(np.int32)
+    return None if (rows == identity).all() else rows
 
 
 def _plan(file: GGUFFile, ffns: list[FFN]) -> list[NewTensor]:
@@ -451,10 +590,13 @@ def _plan(file: GGUFFile, ffns: list[FFN]) -> list[NewTensor]:
         elif ffn not in done:
             done.add(ffn)
             planned += [ffn.bundle, ffn.order] + ([ffn.scales] if ffn.scales else [])
+            planned += [extra for extra, _ in ffn.extras()]
     return planned
 
 
-def _fields(file: GGUFFile, ffns: list[FFN], activation: str, gated: bool) -> list[Field]:
+def _fields(
+    file: GGUFFile, ffns: list[FFN], activation: str, gated: bool, calibration: Calibration
+) -> list[Field]:
     """The source's metadata in its order, then ours; the keys both have are replaced where they stand."""
     alignment = Field.scalar("general.alignment", U32, sparse.FILE_ALIGNMENT)
     chosen = Field.scalar(sparse.K_ACTIVATION, STRING, activation)
@@ -462,8 +604,13 @@ def _fields(file: GGUFFile, ffns: list[FFN], activation: str, gated: bool) -> li
     fields = [replaced.get(name, field) for name, field in file.fields.items()]
     fields += [field for name, field in replaced.items() if name not in file.fields]
     had_alignment = alignment.name in file.fields
+    predict = any(ffn.predicted for ffn in ffns)
+    parts = (["gate"] if gated else []) + ["up"]
+    parts = parts if predict else parts[1:]
+    if predict:
+        fields.append(Field.scalar(sparse.K_MODE, STRING, "predict"))
     fields += [
-        Field.scalar(sparse.K_VERSION, U32, sparse.VERSION),
+        Field.scalar(sparse.K_VERSION, U32, sparse.PREDICT_VERSION if predict else 1),
         Field.scalar(sparse.K_SOURCE_NAME, STRING, os.path.basename(file.path)),
         Field.scalar(sparse.K_SOURCE_SIZE, U64, file.size),
         Field.scalar(sparse.K_SOURCE_SHA256, STRING, "0" * 64),  # replaced when the source has been read
@@ -475,16 +622,50 @@ def _fields(file: GGUFFile, ffns: list[FFN], activation: str, gated: bool) -> li
     fields += [
         Field.array(sparse.K_SOURCE_TENSORS, STRING, file.tensors),
         Field.scalar(sparse.K_BUNDLE_ALIGN, U32, sparse.BUNDLE_ALIGNMENT),
-        Field.array(sparse.K_BUNDLE_SEGMENTS, STRING, ["up", "down"] if gated else ["down"]),
+        Field.array(sparse.K_BUNDLE_SEGMENTS, STRING, [*parts, "down"]),
         Field.array(sparse.K_BUNDLE_TENSORS, STRING, [ffn.bundle.name for ffn in ffns]),
     ]
-    if gated:
-        fields.append(Field.array(sparse.K_UP_TYPE, I32, [ffn.up.type for ffn in ffns]))
-    return fields + [
+    for part in parts:
+        types = [getattr(ffn, part).type if getattr(ffn, part) in ffn.rows else -1 for ffn in ffns]
+        fields.append(Field.array(f"powerinfer.bundle.{part}.type", I32, types))
+    fields += [
         Field.array(sparse.K_DOWN_TYPE, I32, [ffn.down_type for ffn in ffns]),
         Field.array(sparse.K_DOWN_SOURCE_TYPE, I32, [ffn.down.type for ffn in ffns]),
-        Field.array(sparse.K_STRIDE, U64, [ffn.layout[2] for ffn in ffns]),
+        Field.array(sparse.K_STRIDE, U64, [ffn.layout[1] for ffn in ffns]),
     ]
+    return fields + _calibration_fields(ffns, calibration)
+
+
+def _calibration_fields(ffns: list[FFN], calibration: Calibration) -> list[Field]:
+    """What calibration adds to the metadata, nothing where there was none."""
+    found = [ffn.found for ffn in ffns]
+    fields = []
+    if any(f.hot_count for f in found):
+        fields.append(Field.array(sparse.K_HOT_COUNT, U32, [f.hot_count for f in found]))
+    predictors = [f.predictor for f in found]
+    if any(predictors):
+        kinds = [p.kind if p else sparse.NO_PREDICTOR for p in predictors]
+        fields.append(Field.array(sparse.K_PREDICTOR_KIND, STRING, kinds))
+        fields.append(Field.array(sparse.K_PREDICTOR_RANK, U32, [p.rank if p else 0 for p in predictors]))
+        # An exact layer misses nothing, and computes what its deciding product says.
+        for key, name in ((sparse.K_PREDICTOR_RECALL, "recall"), (sparse.K_PREDICTOR_COMPUTED, "computed")):
+            values = [getattr(p, name) if p else 1.0 for p in predictors]
+            if None not in values:
+                fields.append(Field.array(key, F32, values))
+    if any(f.thresholds is not None for f in found):
+        if calibration.threshold_kind not in sparse.THRESHOLD_KINDS:
+            raise ConversionError(f"thresholds need a kind, one of {', '.join(sparse.THRESHOLD_KINDS)}")
+        fields.append(Field.scalar(sparse.K_THRESHOLD_KIND, STRING, calibration.threshold_kind))
+        densities = [1.0 if f.thresholds is None else f.density for f in found]
+        if None not in densities:
+            fields.append(Field.array(sparse.K_THRESHOLD_DENSITY, F32, densities))
+    if calibration.tokens:
+        fields += [
+            Field.scalar(sparse.K_CALIBRATION_TEXT, STRING, calibration.text),
+            Field.scalar(sparse.K_CALIBRATION_TOKENS, U64, calibration.tokens),
+            Field.scalar(sparse.K_CALIBRATION_PROFILE, STRING, calibration.profile),
+        ]
+    return fields
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -541,6 +722,7 @@ def _write_all(
     bundles = {ffn.bundle.name: i for i, ffn in enumerate(ffns)}
     order_tensors = {ffn.order.name: i for i, ffn in enumerate(ffns)}
     scale_tensors = {ffn.scales.name: ffn for ffn in ffns if ffn.scales}
+    extras = {tensor.name: values for ffn in ffns for tensor, values in ffn.extras()}
     permuted = {}  # tensors whose rows (or values, for biases) follow the neuron order
     for ffn, order in zip(ffns, orders, strict=True):
         if order is not None:
@@ -561,6 +743,8 @@ def _write_all(
                 )
                 order = identity if orders[i] is None else orders[i].astype("<i4")
                 parts: Iterator[np.ndarray] = iter(np.ascontiguousarray(row) for row in order)
+            elif name in extras:
+                parts = iter([np.ascontiguousarray(extras[name])])
             elif name in scale_tensors:
                 parts = _scales(file, scale_tensors[name])
             elif name in permuted:
@@ -583,29 +767,32 @@ def _write_bundle(
 ) -> float:
     """Stream one bundle, expert by expert. Returns the relative RMS error of the stored `down`.
 
-    Never more than two matrices of one expert are in memory: `down` while it is transposed, then the result
-    and `up`.
+    Never more than one expert's matrices are in memory: `down` while it is transposed, then the result and
+    those whose rows go beside it.
     """
-    up_offset, down_offset, stride = ffn.layout
-    up_bytes = ffn.up.nbytes // ffn.experts
+    offsets, stride = ffn.layout
     error = energy = 0.0
     for expert in range(ffn.experts):
         columns, expert_error, expert_energy = _transposed_down(file, ffn, expert, pool)
         error += expert_error
         energy += expert_energy
-        up = None
-        if ffn.gate:
-            up = np.empty((ffn.n_ff, up_bytes // ffn.n_ff), np.uint8)
-            file.read_into(ffn.up.offset + expert * up_bytes, up)
+        segments = [*(_matrix(file, ffn, tensor, expert) for tensor in ffn.rows), columns]
         for first, last in row_ranges(ffn.n_ff, stride):
             picked = slice(first, last) if orders is None else orders[expert, first:last]
             rows = np.zeros((last - first, stride), np.uint8)
-            if up is not None:
-                rows[:, up_offset : up_offset + up.shape[1]] = up[picked]
-            rows[:, down_offset : down_offset + columns.shape[1]] = columns[picked]
+            for offset, segment in zip(offsets, segments, strict=True):
+                rows[:, offset : offset + segment.shape[1]] = segment[picked]
             writer.write(rows)
             reporter.advance(rows.nbytes, ffn.bundle.name)
     return math.sqrt(error / energy) if energy else 0.0
+
+
+def _matrix(file: GGUFFile, ffn: FFN, tensor: TensorInfo, expert: int) -> np.ndarray:
+    """An expert's gate or up: uint8 [n_ff, bytes of a row]."""
+    size = tensor.nbytes // ffn.experts
+    rows = np.empty((ffn.n_ff, size // ffn.n_ff), np.uint8)
+    file.read_into(tensor.offset + expert * size, rows)
+    return rows
 
 
 def _scales(file: GGUFFile, ffn: FFN) -> Iterator[np.ndarray]:

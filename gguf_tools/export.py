@@ -116,19 +116,25 @@ def _tensors(view: SparseGGUF) -> list[NewTensor]:
 
 
 def _write_all(view: SparseGGUF, writer: GGUFWriter, reporter: Reporter) -> None:
-    ups = {layer.up_name: layer for layer in view.layers} if view.gated else {}
+    rows = {}  # tensors that are segments of bundles: name -> layer, offset, type
+    for layer in view.layers:
+        if layer.gate_type is not None:
+            rows[layer.gate_name] = (layer, layer.gate_offset, layer.gate_type)
+        if layer.up_type is not None:
+            rows[layer.up_name] = (layer, layer.up_offset, layer.up_type)
     downs = {layer.down_name: layer for layer in view.layers}
     permuted = {}
     for layer in view.layers:
         identity = np.arange(layer.n_ff, dtype=np.int32)
         if (layer.order != identity).any():
-            permuted |= dict.fromkeys((layer.decider.name, *layer.bias_names), layer)
+            deciding = [layer.decider.name] if layer.decider else []
+            permuted |= dict.fromkeys((*deciding, *layer.bias_names), layer)
     with ThreadPoolExecutor(max_workers=WORKERS) as pool:
         for tensor in writer.tensors:
             name = tensor.name
             writer.begin(name)
-            if name in ups:
-                parts: Iterator[np.ndarray] = _ups(ups[name])
+            if name in rows:
+                parts: Iterator[np.ndarray] = _rows(*rows[name])
             elif name in downs:
                 parts = _downs(downs[name], pool)
             elif name in permuted:
@@ -144,7 +150,7 @@ def _plain(view: SparseGGUF, layer: SparseLayer, name: str) -> TensorInfo:
     """A tensor that follows the neuron order; a bias has to have one value per neuron."""
     tensor = view.file.tensors[name]
     neurons = layer.n_ff * max(1, layer.n_expert)
-    if name != layer.decider.name and (
+    if name in layer.bias_names and (
         BLOCKS[tensor.type][0] != 1 or tensor.shape != layer.order_tensor.shape
     ):
         raise FormatError(
@@ -170,10 +176,10 @@ def _segments(layer: SparseLayer, expert: int, offset: int, width: int) -> np.nd
     return out
 
 
-def _ups(layer: SparseLayer) -> Iterator[np.ndarray]:
-    width = row_bytes(layer.up_type, layer.n_embd)
+def _rows(layer: SparseLayer, offset: int, ggml_type: int) -> Iterator[np.ndarray]:
+    width = row_bytes(ggml_type, layer.n_embd)
     for expert in range(max(1, layer.n_expert)):
-        yield _segments(layer, expert, layer.up_offset, width)
+        yield _segments(layer, expert, offset, width)
 
 
 def _scales(layer: SparseLayer, expert: int) -> np.ndarray:

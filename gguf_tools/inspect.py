@@ -58,10 +58,12 @@ def _inspect_sparse(file: GGUFFile) -> dict[str, Any]:
     view = SparseGGUF(file)
     return {
         "format": "sparse-gguf",
-        "version": sparse.VERSION,
+        "version": view.version,
+        "mode": view.mode,
+        "thresholds": view.threshold_kind,
         "activation": view.activation,
         "gated": view.gated,
-        "layers": [_sparse_layer(layer, view.gated) for layer in view.layers],
+        "layers": [_sparse_layer(layer) for layer in view.layers],
         "source": {
             "name": view.source_name,
             "size": view.source_size,
@@ -72,21 +74,30 @@ def _inspect_sparse(file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def _sparse_layer(layer: SparseLayer, gated: bool) -> dict[str, Any]:
+def _sparse_layer(layer: SparseLayer) -> dict[str, Any]:
+    predictor = layer.predictor
+    beside = predictor.tensors if predictor else [layer.decider]
+    up_type = layer.decider_type if layer.up_type is None else layer.up_type
     return {
         "index": layer.index,
         "kind": "moe" if layer.n_expert else "dense",
         "n_embd": layer.n_embd,
         "n_ff": layer.n_ff,
         "n_expert": layer.n_expert,
-        "gate_type": type_name(layer.decider.type) if gated else None,
-        "up_type": type_name(layer.up_type if gated else layer.decider.type),
+        "gate_type": type_name(layer.decider_type) if layer.gated else None,
+        "up_type": type_name(up_type),
         "down_type": type_name(layer.down_type),
         "down_source_type": type_name(layer.source_down_type),
         "bytes_per_neuron": layer.stride,
         "hot_count": layer.hot_count,
         "profiled": layer.frequency_tensor is not None,
-        "bytes": layer.bundle.nbytes + layer.decider.nbytes,
+        "predictor": predictor.kind if predictor else "none",
+        "predictor_rank": predictor.rank if predictor else 0,
+        "predictor_bytes": predictor.nbytes if predictor else 0,
+        "recall": predictor.recall if predictor else None,
+        "computed": predictor.computed if predictor else None,
+        "thresholds": layer.threshold_tensor is not None,
+        "bytes": layer.bundle.nbytes + sum(tensor.nbytes for tensor in beside),
     }
 
 

@@ -64,7 +64,7 @@ def token_bytes(path: str, computed: Mapping[int, float] | None = None) -> Token
         tied = "output.weight" not in file.tensors  # then the head reads the whole embedding matrix
         rest = ffn = 0
         sparse = SparseGGUF(file) if "powerinfer.version" in file.fields else None
-        deciding_names = {layer.decider.name for layer in sparse.layers} if sparse else set()
+        deciding_names = {layer.decider_name for layer in sparse.layers} if sparse else set()
         deciding = 0
         for tensor in file.tensors.values():
             share = routed if "_exps." in tensor.name else 1.0

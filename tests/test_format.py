@@ -406,8 +406,8 @@ ORDER = "blk.1.ffn_order.weight"
 TWICE = np.r_[0, 0, 2:96].astype("<i4")
 BAD_SPARSE = {
     "newer version": (
-        number("powerinfer.version", 2),
-        "powerinfer.version: 2, but this build reads sparse-GGUF version 1",
+        number("powerinfer.version", 3),
+        "powerinfer.version: 3, but this build reads sparse-GGUF versions 1 to 2",
     ),
     "version 0": (number("powerinfer.version", 0), "powerinfer.version: 0"),
     "version type": (number("powerinfer.version", 1, U64), "powerinfer.version: has type u64, expected u32"),
@@ -573,9 +573,10 @@ def test_is_sparse(gated, tmp_path):
 
 
 def test_layout_is_aligned():
-    assert sparse.bundle_layout(True, 8, 8, 64) == (0, 128, 256)  # rows of 68 bytes
-    assert sparse.bundle_layout(False, None, 12, 512) == (0, 0, 320)  # a row of 288 bytes
-    assert sparse.bundle_layout(True, 1, 0, 32) == (0, 64, 192)
+    assert sparse.bundle_layout([8, 8], 64) == ((0, 128), 256)  # rows of 68 bytes
+    assert sparse.bundle_layout([12], 512) == ((0,), 320)  # a row of 288 bytes
+    assert sparse.bundle_layout([1, 0], 32) == ((0, 64), 192)
+    assert sparse.bundle_layout([8, 8, 24], 64) == ((0, 128, 256), 320)
 
 
 # ---- virtual header ----------------------------------------------------------------------------------------
