@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
-from gguf_tools import quants, sparse
+from gguf_tools import powerinfer_import, quants, sparse
 from gguf_tools.activations import NATIVE
 from gguf_tools.errors import ConversionError, FormatError
 from gguf_tools.predictor import Predictor
@@ -99,12 +99,20 @@ class FFN:
     up: TensorInfo
     down: TensorInfo
     down_type: int
+    columns: TensorInfo | None = None  # what the file has in place of `down` where it is transposed already
     found: Calibrated = field(default=Calibrated(), compare=False)
 
     @property
     def unit(self) -> str:
         """Its key in a `Calibration`."""
         return f"{self.index}{self.suffix}"
+
+    @property
+    def keeps_down(self) -> bool:
+        """Whether the bundle has the values of `down` exactly."""
+        if self.columns and self.columns.type == self.down_type:
+            return True
+        return quants.transposes_exactly((self.columns or self.down).type, self.down_type)
 
     @property
     def predicted(self) -> bool:
@@ -254,23 +262,29 @@ def convert(
     calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Write `output`, the sparse-GGUF of the stock GGUF `source`.
+    """Write `output`, the sparse-GGUF of the stock GGUF `source`, or of a PowerInfer model (PWRI).
 
     `activation`: relu, relu2, drelu, silu or gelu; default: the source's hint, else its architecture's own.
     `down_type`: type that the transposed `down` is stored in; ``auto`` keeps the source's where possible,
     ``same`` insists on that, others are ggml type names (``q8_0``). `order`: layer -> stored-to-original
     neuron permutation, int [n_ff] or [n_expert, n_ff]; layers left out keep their order. `calibration`: what
-    is known about the FFNs, orders included; where it has predictors the file's mode is predict.
+    is known about the FFNs, orders included; where it has predictors the file's mode is predict. Default: the
+    predictors of a PowerInfer model, else nothing.
     `progress(done, total, what)` counts bytes.
 
     Raises FormatError (bad source), ConversionError (it cannot be done; says why), OSError (source
     unreadable).
     """
     started = time.monotonic()
-    with GGUFFile.open(source) as file:
+    with powerinfer_import.open_source(source) as file:
         _refuse_same_file(file, output)
         plan = plan_conversion(file, activation, down_type)
+        imported = isinstance(file, powerinfer_import.PowerInferFile)
+        if calibration is None and imported:
+            layers = file.predicted_layers
+            calibration = Calibration({str(i): Calibrated(predictor=file.predictor(i)) for i in layers})
         calibration, notes = _merge(file, plan, order or {}, calibration)
+        notes += file.notes if imported else []
         ffns, gated = [replace(ffn, found=calibration.ffns[ffn.unit]) for ffn in plan.ffns], plan.gated
         orders = [ffn.found.order for ffn in ffns]
         writer = GGUFWriter(
@@ -312,9 +326,9 @@ def _layer_report(ffn: FFN, relative_rms: float) -> LayerReport:
         n_expert=ffn.experts if ffn.suffix else 0,
         decider_type=type_name(ffn.decider.type),
         up_type=type_name(ffn.up.type),
-        down_source_type=type_name(ffn.down.type),
+        down_source_type=type_name((ffn.columns or ffn.down).type),
         down_type=type_name(ffn.down_type),
-        requantised=not quants.transposes_exactly(ffn.down.type, ffn.down_type),
+        requantised=not ffn.keeps_down,
         relative_rms=relative_rms,
         bytes_per_neuron=ffn.layout[1],
         predictor=predictor.kind if predictor else sparse.NO_PREDICTOR,
@@ -422,7 +436,8 @@ def _ffn(file: GGUFFile, index: int, suffix: str, tensors: dict[str, TensorInfo]
             raise ConversionError(
                 f"{where}: {tensor.name} has type {type_name(tensor.type)}, which holds no weights"
             )
-    ffn = FFN(index, gate, up, down, _choose_down_type(where, down, n_embd, down_type))
+    columns = file.transposed.get(down.name)
+    ffn = FFN(index, gate, up, down, _choose_down_type(where, down, n_embd, down_type, columns), columns)
     if n_ff >= 1 << 31:
         raise ConversionError(f"{where}: {n_ff} neurons; at most {(1 << 31) - 1} are supported")
     for bias in ffn.biases:
@@ -438,8 +453,12 @@ def _ffn(file: GGUFFile, index: int, suffix: str, tensors: dict[str, TensorInfo]
     return ffn
 
 
-def _choose_down_type(where: str, down: TensorInfo, n_embd: int, wanted: str) -> int:
+def _choose_down_type(where: str, down: TensorInfo, n_embd: int, wanted: str, columns: TensorInfo | None) -> int:
     wanted = wanted.lower()
+    if columns and wanted in ("auto", "same"):
+        return columns.type
+    if columns and wanted == "i8":
+        raise ConversionError(f"{where}: {columns.name} is not blocked along neurons, as down type I8 needs; use auto")
     if wanted == "auto":
         fitting = (
             t for t in (AUTO_DOWN_TYPE.get(down.type, quants.Q8_0), quants.Q8_0) if n_embd % BLOCKS[t][0] == 0
@@ -619,6 +638,8 @@ def _fields(
     ]
     if sparse.K_ACTIVATION in file.fields:
         fields.append(Field.scalar(sparse.K_SOURCE_ACTIVATION, STRING, _text(file, sparse.K_ACTIVATION)))
+    if file.transposed:
+        fields.append(Field.scalar(sparse.K_SOURCE_FORMAT, STRING, "powerinfer"))
     fields += [
         Field.array(sparse.K_SOURCE_TENSORS, STRING, file.tensors),
         Field.scalar(sparse.K_BUNDLE_ALIGN, U32, sparse.BUNDLE_ALIGNMENT),
@@ -814,6 +835,8 @@ def _transposed_down(
     """An expert's `down` transposed, in the stored type: uint8 [n_ff, bytes of a column]; squared error and
     norm.
     """
+    if ffn.columns:
+        return _stored_columns(file, ffn, pool)
     size = ffn.down.nbytes // ffn.experts
     down = np.empty((ffn.n_embd, size // ffn.n_embd), np.uint8)
     file.read_into(ffn.down.offset + expert * size, down)
@@ -839,4 +862,29 @@ def _transposed_down(
         sums = list(pool.map(place, strips(source_type, ffn.n_ff, ffn.n_embd)))
     except ConversionError as problem:
         raise ConversionError(f"{file.path}: tensor {ffn.down.name}: {problem}") from problem
+    return columns, sum(error for error, _ in sums), sum(norm for _, norm in sums)
+
+
+def _stored_columns(file: GGUFFile, ffn: FFN, pool: ThreadPoolExecutor) -> tuple[np.ndarray, float, float]:
+    """`_transposed_down` where the file has the columns one after the other: its own bytes, unless another type
+    is wanted.
+    """
+    assert ffn.columns is not None
+    rows = np.empty((ffn.n_ff, row_bytes(ffn.columns.type, ffn.n_embd)), np.uint8)
+    file.read_into(ffn.columns.offset, rows)
+    if ffn.columns.type == ffn.down_type:
+        return rows, 0.0, 0.0
+    columns = np.empty((ffn.n_ff, row_bytes(ffn.down_type, ffn.n_embd)), np.uint8)
+
+    def place(strip: tuple[int, int]) -> tuple[float, float]:
+        part = slice(*strip)
+        values = quants.dequantise(ffn.columns.type, rows[part], ffn.n_embd)
+        columns[part] = quants.quantise(ffn.down_type, values)
+        change = values - quants.dequantise(ffn.down_type, columns[part], ffn.n_embd)
+        return float(np.vdot(change, change)), float(np.vdot(values, values))
+
+    try:
+        sums = list(pool.map(place, strips(ffn.down_type, ffn.n_ff, ffn.n_embd)))
+    except ConversionError as problem:
+        raise ConversionError(f"{file.path}: tensor {ffn.columns.name}: {problem}") from problem
     return columns, sum(error for error, _ in sums), sum(norm for _, norm in sums)

@@ -63,10 +63,10 @@ def export(
             _tensors(view),
             alignment=view.source_alignment or DEFAULT_ALIGNMENT,
             version=view.source_gguf_version,
-            size=view.source_size,
+            size=view.source_size if view.source_format == "gguf" else None,
             digest=digest,
         )
-        if writer.data_end > view.source_size:
+        if view.source_format == "gguf" and writer.data_end > view.source_size:
             raise FormatError(
                 f"{view.path}: {sparse.K_SOURCE_SIZE}: {view.source_size} bytes, but the source's tensors "
                 f"end at byte {writer.data_end}"

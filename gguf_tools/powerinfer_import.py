@@ -26,13 +26,13 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from gguf_tools import quants
 from gguf_tools.errors import ConversionError
+from gguf_tools.predictor import Predictor
 from gguf_tools.reader import (
     BLOCKS,
     F32,
@@ -45,6 +45,7 @@ from gguf_tools.reader import (
     row_bytes,
     type_name,
 )
+from gguf_tools.sparse import LOWRANK, RANK_STEP
 
 K_ARCHITECTURE = "general.architecture"
 K_ACTIVATION = "powerinfer.activation"
@@ -61,6 +62,8 @@ _REFUSED = {
 }
 _OTHER = "PowerInfer has no sparse graph for it"
 
+# Types that an imported fc2 keeps; others (which PowerInfer does not write) become F16 or Q8_0.
+PREDICTOR_TYPES = (quants.F32, quants.F16, quants.Q8_0, quants.Q4_0)
 # A score of exactly zero counts as firing in PowerInfer (it skips what is *below* the threshold), but not here.
 ZERO_FIRES = np.float32(1e-30)
 
@@ -69,25 +72,12 @@ _FC = re.compile(r"blk\.(\d+)\.(fc[12])\.weight")
 _GPU_SPLIT = re.compile(r"blk\.\d+\.(gpu_idx|gpu_bucket)(\.weight)?")
 
 
-@dataclass(frozen=True)
-class ImportedPredictor:
-    """A layer's predictor in our terms: neuron j is selected when b_j . relu(a x) + bias_j > 0.
-
-    a: float32 [r, n_embd], b: float32 [n_ff, r], bias: float32 [n_ff]; neurons in the order of the file, x the
-    FFN's (normed) input.
-    """
-
-    a: np.ndarray
-    b: np.ndarray
-    bias: np.ndarray
-
-
 class PowerInferFile(GGUFFile):
     """An open PowerInfer file that shows the names, keys and shapes of the equivalent stock GGUF.
 
     `transposed`: name of a `down` -> the tensor that the file has in its place, [n_embd, n_ff].
-    `threshold`: what its predictors' scores are compared with. `dropped`: what was left out and why, for
-    people.
+    `threshold`: what its predictors' scores are compared with. `notes`: what was left out and why, a
+    sentence each.
     """
 
     magics: ClassVar[tuple[bytes, ...]] = (POWERINFER_MAGIC, MAGIC)  # files of the first days were called GGUF
@@ -105,10 +95,9 @@ class PowerInferFile(GGUFFile):
         source, activation = self._architecture()
         target = ARCHITECTURES[source][0]
         self.threshold = self._threshold()
-        self.dropped: list[str] = []
+        self.notes: list[str] = []
         self.fields = self._fields(source, target, activation)
         stored, self.tensors = self.tensors, {}
-        self.transposed: dict[str, TensorInfo] = {}
         self._fc: dict[int, dict[str, TensorInfo]] = {}
         for name, tensor in stored.items():
             if match := _FC.fullmatch(name):
@@ -123,9 +112,9 @@ class PowerInferFile(GGUFFile):
             self._check_predictor(index, parts)
         if self._fc and self.threshold < 0:
             self._fc = {}
-            self.dropped.append(
-                f"the predictors, because {K_THRESHOLD} is {self.threshold:g}: below zero they depend on the length "
-                "of the residual stream, which the FFN's input does not tell"
+            self.notes.append(
+                f"the predictors were left out: {K_THRESHOLD} is {self.threshold:g}, and below zero they depend on "
+                "the length of the residual stream, which the FFN's input does not tell"
             )
 
     def _architecture(self) -> tuple[str, str]:
@@ -206,34 +195,46 @@ class PowerInferFile(GGUFFile):
         """Layers with a predictor that can be carried over, ascending."""
         return sorted(self._fc)
 
-    def predictor(self, index: int) -> ImportedPredictor:
+    def predictor(self, index: int) -> Predictor:
         """The predictor of layer `index`, read and adapted to the normed input.
 
-        Raises FormatError when it has no meaning on that input (a norm weight of zero) or holds NaN.
+        fc2 is taken byte for byte (a rank that the format does not have gets silent hidden values), fc1 is stored
+        as F16, or as Q8_0 where it is quantised. Raises FormatError when it has no meaning on the normed input (a
+        norm weight of zero) or holds what is not finite.
         """
-        fc1, fc2 = (self._matrix(self._fc[index][part]) for part in ("fc1", "fc2"))
+        fc1, fc2 = self._fc[index]["fc1"], self._fc[index]["fc2"]
         norm_name = f"blk.{index}.ffn_norm.weight"
         norm = np.frombuffer(self.data(norm_name), "<f4")
         with np.errstate(all="ignore"):
-            a = fc1 / norm
+            a = self._matrix(fc1) / norm
             largest = np.abs(a).max()
         if not np.isfinite(largest):  # also when the norm's weight is zero where fc1 is not
             raise self._fail(
                 f"tensor {norm_name}",
-                "has weights of zero (or NaN), through which the predictor's input cannot be traced back",
+                f"has weights of zero (or {fc1.name} is not finite), so the predictor's input cannot be traced back",
             )
-        if not np.isfinite(fc2).all():
-            raise self._fail(f"tensor {self._fc[index]['fc2'].name}", "has values that are not finite")
-        # Scores may be scaled by any positive number: keep `a` where half precision has its digits.
-        if largest > 0:
+        if not np.isfinite(self._matrix(fc2)).all():
+            raise self._fail(f"tensor {fc2.name}", "has values that are not finite")
+        if largest > 0:  # scores may be scaled by any positive number: keep `a` where half precision has its digits
             a *= np.float32(2.0 ** -np.floor(np.log2(largest)))
-        return ImportedPredictor(a, fc2, np.full(len(fc2), ZERO_FIRES, np.float32))
+        b, b_type = self._rows(fc2), fc2.type
+        missing = -len(a) % RANK_STEP
+        if missing or b_type not in PREDICTOR_TYPES:
+            b_type = quants.F16 if BLOCKS[b_type][0] == 1 else quants.Q8_0
+            b = quants.quantise(b_type, np.pad(self._matrix(fc2), ((0, 0), (0, missing))))
+            a = np.pad(a, ((0, missing), (0, 0)))
+        plain = BLOCKS[fc1.type][0] == 1 or a.shape[1] % BLOCKS[quants.Q8_0][0]
+        a_type = quants.F16 if plain else quants.Q8_0
+        bias = np.full(len(b), ZERO_FIRES, np.float32)
+        return Predictor(LOWRANK, b_type, b, bias, a_type, quants.quantise(a_type, a))
+
+    def _rows(self, tensor: TensorInfo) -> np.ndarray:
+        """uint8 [rows, bytes of a row] of a stored matrix."""
+        return np.frombuffer(self.pread(tensor.offset, tensor.nbytes), np.uint8).reshape(tensor.shape[1], -1)
 
     def _matrix(self, tensor: TensorInfo) -> np.ndarray:
         """float32 [rows, columns] of a stored matrix."""
-        n, rows = tensor.shape
-        raw = np.frombuffer(self.pread(tensor.offset, tensor.nbytes), np.uint8).reshape(rows, -1)
-        return quants.dequantise(tensor.type, raw, n)
+        return quants.dequantise(tensor.type, self._rows(tensor), tensor.shape[0])
 
 
 def open_source(path: str | os.PathLike[str]) -> GGUFFile:
@@ -257,23 +258,3 @@ def _magic(path: str | os.PathLike[str]) -> bytes:
         return os.pread(fd, 4, 0) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
     finally:
         os.close(fd)
-
-
-def columns(file: GGUFFile, stored: TensorInfo, down_type: int, first: int, last: int) -> np.ndarray:
-    """Columns `first` to `last` of a `down` that the file has transposed, in `down_type`: uint8 [last - first, bytes].
-
-    They are the file's own bytes where `down_type` is its type.
-    """
-    n_embd = stored.shape[0]
-    width = row_bytes(stored.type, n_embd)
-    rows = np.empty((last - first, width), np.uint8)
-    file.read_into(stored.offset + first * width, rows)
-    if down_type == stored.type:
-        return rows
-    return quants.quantise(down_type, quants.dequantise(stored.type, rows, n_embd))
-
-
-def keeps_exactly(stored_type: int, down_type: int) -> bool:
-    """Whether columns stored as `down_type` are bit for bit those of a file that has them as `stored_type`."""
-    return down_type == stored_type or quants.transposes_exactly(stored_type, down_type)
-

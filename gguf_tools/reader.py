@@ -196,6 +196,8 @@ class GGUFFile:
             if not stat.S_ISREG(status.st_mode):
                 raise FormatError(f"{self.path}: not a regular file, a GGUF file is needed")
             self.size = status.st_size
+            # Tensors that the file has transposed: name in `tensors` -> what is stored (PowerInfer's files only).
+            self.transposed: dict[str, TensorInfo] = {}
             self._identity = _identity(status)
             self._parse()
         except BaseException:

@@ -51,6 +51,7 @@ K_SOURCE_SHA256 = "powerinfer.source.sha256"
 K_SOURCE_ALIGNMENT = "powerinfer.source.alignment"
 K_SOURCE_GGUF_VERSION = "powerinfer.source.gguf_version"
 K_SOURCE_ACTIVATION = "powerinfer.source.activation"
+K_SOURCE_FORMAT = "powerinfer.source.format"
 K_SOURCE_TENSORS = "powerinfer.source.tensors"
 K_BUNDLE_ALIGN = "powerinfer.bundle.align"
 K_BUNDLE_SEGMENTS = "powerinfer.bundle.segments"
@@ -395,6 +396,7 @@ class SparseGGUF:
         self.source_activation: str | None = None
         if K_SOURCE_ACTIVATION in self.file.fields:
             self.source_activation = self._value(K_SOURCE_ACTIVATION, STRING)
+        self.source_format = self._value(K_SOURCE_FORMAT, STRING) if K_SOURCE_FORMAT in self.file.fields else "gguf"
         self._source_tensors: list[str] = self._value(K_SOURCE_TENSORS, STRING, array=True)
         if len(set(self._source_tensors)) != len(self._source_tensors):
             raise self._fail(K_SOURCE_TENSORS, "names a tensor twice")
