@@ -6,10 +6,12 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
+HEADERS = ("powerinfer.h", "io.h")  # what Python sees
 SOURCES = [
     f"cpatch/{name}.c"
     for name in ("backend", "buffer", "ffn", "ggml_abi", "kernels", "model", "plugin", "selftest", "vgguf")
 ]
+SOURCES += [f"cpatch/{name}.c" for name in ("io", "io_measure", "io_threads", "io_uring")]
 CFLAGS = [
     "-std=c11",
     "-O3",
@@ -25,8 +27,8 @@ LDFLAGS = ["-fopenmp", "-ldl"]
 
 
 def declarations() -> str:
-    """The C interface, powerinfer.h, as cffi reads it: without preprocessor lines. One declaration, one place."""
-    text = (HERE / "powerinfer.h").read_text()
+    """The C interface as cffi reads it: the headers without preprocessor lines. One declaration, one place."""
+    text = "".join((HERE / header).read_text() for header in HEADERS)
     return re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
 
 
@@ -34,7 +36,7 @@ ffibuilder = FFI()
 ffibuilder.cdef(declarations())
 ffibuilder.set_source(
     "powerinfer_ext._cpatch",
-    '#include "powerinfer.h"',
+    "".join(f'#include "{header}"\n' for header in HEADERS),
     sources=SOURCES,
     include_dirs=["cpatch"],
     extra_compile_args=CFLAGS,
