@@ -61,12 +61,21 @@ class Reference:
 
     activation: what the FFN computes; None for the file's `powerinfer.activation`, else the architecture's
     own. Gated FFNs take any of `ACTIVATIONS`, ungated ones only their own.
+    keep: called for every dense FFN with the layer, its input [n, n_embd] and the activated gate (up where there
+    is none) [n, n_ff]; the neurons where it returns false, bool [n, n_ff], count as silent. This is how predictors
+    and thresholds are judged.
     Raises ValueError, naming the file, where it asks for anything not implemented here: an unknown
     architecture, a rope scaling other than linear, a tensor that would not be read. OSError if unreadable.
     """
 
-    def __init__(self, path: str | Path, activation: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        activation: str | None = None,
+        keep: Callable[[int, Array, Array], Array] | None = None,
+    ) -> None:
         self.path = Path(path)
+        self._keep = keep
         self._open()
         self.activation = self._choose_activation(activation)
         self._read_hyperparameters()
@@ -283,7 +292,7 @@ class Reference:
     def _ffn(self, layer: int, w: Weights, x: Array) -> Array:
         """The dense FFN, gated (arXiv 2002.05202) or not (squared ReLU, arXiv 2109.08668)."""
         up = _linear(x, w, "ffn_up")
-        h = self._activate(layer, _linear(x, w, "ffn_gate") if self._family.gated else up, up)
+        h = self._activate(layer, _linear(x, w, "ffn_gate") if self._family.gated else up, up, x)
         return _linear(h, w, "ffn_down")
 
     def _mixture(self, layer: int, w: Weights, x: Array, router_logits: Array) -> Array:
@@ -313,9 +322,12 @@ class Reference:
             weights = _softmax(weights)
         return chosen, weights / np.maximum(weights.sum(axis=-1, keepdims=True), _MIN_WEIGHT_SUM)
 
-    def _activate(self, layer: int, gate: Array, up: Array) -> Array:
-        """What goes into `down`, and count it. gate, up: [n, n_ff], gate is up where the FFN is not gated."""
+    def _activate(self, layer: int, gate: Array, up: Array, x: Array | None = None) -> Array:
+        """What goes into `down`, and count it. gate, up: [n, n_ff], gate is up where the FFN is not gated. x: the
+        FFN's input where `keep` has a say."""
         h = _ACTIVATE[self.activation](gate)
+        if self._keep is not None and x is not None:
+            h = np.where(self._keep(layer, x, h), h, np.float32(0))
         if self._family.gated:
             h = h * (_relu(up) if self.activation == "drelu" else up)
         self._fired[layer] += np.count_nonzero(h)
