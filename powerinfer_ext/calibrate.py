@@ -1,0 +1,429 @@
+"""`powerinfer calibrate`: read text with a model and keep what its FFNs did, as a profile.
+
+Capturing goes through llama.cpp's evaluation callback (`llama_context_params.cb_eval`), as in `trace.py`, in
+batches of 512 tokens. It asks for as little as says everything: the product that decides (computed by stock's
+kernels for stock and sparse files alike) gives the FFN's input (its second source) and, under relu and squared
+relu, which neurons fire. Everything else takes the activation itself as well, which has a sparse file computed
+node by node. The layout of the result is described in `gguf_tools/profile.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from llama_cpp import _internals as internals
+
+from gguf_tools import quants
+from gguf_tools.activations import NATIVE
+from gguf_tools.convert import convert, plan_conversion
+from gguf_tools.profile import Profile, ProfiledFFN, fingerprint
+from gguf_tools.reader import GGUFFile
+from gguf_tools.sparse import K_VERSION, SILENT, SparseGGUF
+from powerinfer_ext.errors import PowerInferError
+from powerinfer_ext.hook import sparse_loading
+from powerinfer_ext.loader import Options
+
+TOKENS = 16384  # read by default
+LEAST_TOKENS = 512  # fewer cannot train anything
+DISK = 2 << 30  # bytes that a profile takes at most by default
+WINDOW = BATCH = 512
+CHUNK = 2048  # tokens that are kept together: what an interruption loses at most
+MAGNITUDES = 512  # tokens whose magnitudes are kept, for thresholds
+
+Progress = Callable[..., None]
+
+_DECIDER = re.compile(r"^ffn_(gate|up)-(\d+)$")
+_UP = re.compile(r"^ffn_up-(\d+)$")
+_DENSE = re.compile(r"^ffn_(?:reglu|swiglu|geglu|relu|silu|gelu)-(\d+)$")
+_MIXTURE = re.compile(r"^ffn_moe_(?:reglu|swiglu|geglu|relu|relu_sqr|silu|gelu)-(\d+)$")
+_ROUTED = re.compile(r"^ffn_moe_topk-(\d+)$")
+_DTYPES = {0: np.float32, 26: np.int32}
+
+
+class _Tensor(ctypes.Structure):
+    """struct ggml_tensor (ggml.h) up to its data; `_values` checks it against ggml's own functions."""
+
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+    ]
+
+
+def _values(ggml: ctypes.CDLL, address: int) -> np.ndarray:
+    """A tensor in host memory, axes in numpy's order, leading axes of one dropped. Not a copy: use it before the
+    callback returns."""
+    tensor = _Tensor.from_address(address)
+    shape, strides = list(tensor.ne)[::-1], list(tensor.nb)[::-1]
+    known = tensor.type in _DTYPES and int(np.prod(shape)) == ggml.ggml_nelements(address)
+    if not known or tensor.data != ggml.ggml_get_data(address):
+        raise PowerInferError(
+            "llama.cpp's tensors are not laid out as expected; run powerinfer doctor to see whether the "
+            "installed llama-cpp-python is supported"
+        )
+    dtype = np.dtype(_DTYPES[tensor.type])
+    span = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + dtype.itemsize
+    array = np.ndarray(shape, dtype, (ctypes.c_char * span).from_address(tensor.data), strides=strides)
+    while array.ndim > 2 and array.shape[0] == 1:
+        array = array[0]
+    return array
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What has to be known of a model file before it is run."""
+
+    path: str
+    architecture: str
+    activation: str
+    native: bool  # stock computes that activation
+    sparse: bool
+    context: int  # 0: not known
+    experts_used: int
+    fingerprint: str
+    ffns: list[ProfiledFFN]
+    orders: dict[str, np.ndarray]  # of a sparse file: source index -> stored index, [n_expert or 1, n_ff]
+    biased: frozenset[str]  # FFNs with biases
+
+
+def _about(path: str) -> _Model:
+    with GGUFFile.open(path) as file:
+        architecture = str(file.metadata.get("general.architecture"))
+        orders: dict[str, np.ndarray] = {}
+        sparse = K_VERSION in file.fields
+        if sparse:
+            view = SparseGGUF(file)
+            if view.mode != "exact":
+                raise PowerInferError(
+                    f"{path}: its neurons are predicted, so it cannot say which ones fire; calibrate its source "
+                    f"({view.source_name}), or an exact conversion of it"
+                )
+            activation, ffns, biased = view.activation, [], set()
+            for layer in view.layers:
+                unit = f"{layer.index}{layer.suffix}"
+                ffns.append(ProfiledFFN(unit, layer.n_embd, layer.n_ff, layer.n_expert, layer.gated))
+                orders[unit] = np.argsort(layer.order, axis=1)
+                if any(name in file.tensors for name in layer.bias_names):
+                    biased.add(unit)
+        else:
+            plan = plan_conversion(file)
+            activation = plan.activation
+            ffns = [
+                ProfiledFFN(f.unit, f.n_embd, f.n_ff, f.experts if f.suffix else 0, plan.gated) for f in plan.ffns
+            ]
+            biased = {f.unit for f in plan.ffns if any(bias in file.tensors for bias in f.biases)}
+        return _Model(
+            path=path,
+            architecture=architecture,
+            activation=activation,
+            native=activation == NATIVE.get(architecture, (None, False))[0],
+            sparse=sparse,
+            context=int(file.metadata.get(f"{architecture}.context_length", 0)),
+            experts_used=int(file.metadata.get(f"{architecture}.expert_used_count", 0)),
+            fingerprint=fingerprint(file),
+            ffns=ffns,
+            orders=orders,
+            biased=frozenset(biased),
+        )
+
+
+@dataclass
+class _Capture:
+    """The evaluation callback: asks for the nodes it needs and gathers a chunk of what they hold."""
+
+    model: _Model
+    arrays: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    keep: bool = True  # inputs and masks of the tokens being read
+    magnitudes: np.ndarray | None = None  # rows of the batch whose magnitudes are kept
+    routed: dict[str, np.ndarray] = field(default_factory=dict)  # experts of the batch being read
+    gates: dict[str, np.ndarray] = field(default_factory=dict)
+    error: BaseException | None = None
+
+    def __post_init__(self) -> None:
+        self.ggml = quants.library()
+        self.ggml.ggml_get_name.restype = ctypes.c_char_p
+        self.ggml.ggml_get_name.argtypes = [ctypes.c_void_p]
+        self.ggml.ggml_get_data.restype = ctypes.c_void_p
+        self.ggml.ggml_get_data.argtypes = [ctypes.c_void_p]
+        self.ggml.ggml_nelements.restype = ctypes.c_int64
+        self.ggml.ggml_nelements.argtypes = [ctypes.c_void_p]
+        self.ffns = {ffn.unit: ffn for ffn in self.model.ffns}
+        self.silent = self.model.activation in SILENT
+        self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._call)
+
+    def _call(self, tensor: int, ask: bool, user_data: Any) -> bool:
+        try:
+            name = self.ggml.ggml_get_name(tensor).decode()
+            action = self._action(name)
+            if not ask and action:
+                action(tensor)
+            return bool(action) or not ask
+        except BaseException as error:  # it cannot travel through C; `calibrate` raises it
+            self.error = error
+            return False
+
+    def _from_product(self, ffn: ProfiledFFN) -> bool:
+        """Whether the deciding product alone says what fires."""
+        return self.model.activation in ("relu", "relu2") and ffn.unit not in self.model.biased
+
+    def _action(self, name: str) -> Callable[[int], None] | None:
+        """What to do with the node of that name, None to leave it alone."""
+        if match := _DECIDER.match(name):
+            ffn = self.ffns.get(match[2])
+            if ffn is not None and (match[1] == "gate") == ffn.gated:
+                return lambda tensor: self._product(ffn, tensor)
+            if ffn is not None and not self.silent and ffn.gated and self.magnitudes is not None:
+                return lambda tensor: self._up(ffn, tensor)
+        elif match := _DENSE.match(name):
+            ffn = self.ffns.get(match[1])
+            if ffn is not None and self.silent and not self._from_product(ffn):
+                return lambda tensor: self._fired(ffn, _values(self.ggml, tensor) != 0)
+        elif match := _ROUTED.match(name):
+            ffn = self.ffns.get(f"{match[1]}_exps")
+            if ffn is not None:
+                return lambda tensor: self._route(ffn, tensor)
+        elif (match := _MIXTURE.match(name)) and self.silent:
+            ffn = self.ffns.get(f"{match[1]}_exps")
+            if ffn is not None:
+                return lambda tensor: self._fired_experts(ffn, _values(self.ggml, tensor) != 0)
+        return None
+
+    def _add(self, kind: str, ffn: ProfiledFFN, values: np.ndarray) -> None:
+        self.arrays.setdefault(f"{kind}.{ffn.unit}", []).append(values)
+
+    def _finite(self, ffn: ProfiledFFN, values: np.ndarray, what: str) -> None:
+        # One sum finds any NaN or infinity; only then is it worth looking closer.
+        if not np.isfinite(values.sum(dtype=np.float64)):
+            bad = int(np.count_nonzero(~np.isfinite(values)))
+            raise PowerInferError(
+                f"{self.model.path}: layer {ffn.index}: {bad} of {values.size} values of its FFN's {what} are not "
+                "numbers (NaN or infinite); the model or the file is damaged"
+            )
+
+    def _product(self, ffn: ProfiledFFN, address: int) -> None:
+        x = _values(self.ggml, _Tensor.from_address(address).src[1])
+        product = _values(self.ggml, address)
+        self._finite(ffn, x, "inputs")
+        self._finite(ffn, product, "products")
+        if self.keep:
+            if np.abs(x).max(initial=0) > np.finfo(np.float16).max:
+                raise PowerInferError(
+                    f"{self.model.path}: layer {ffn.index}: its FFN's inputs reach {np.abs(x).max():.3g}, too large "
+                    "for the profile's half precision"
+                )
+            self._add("x", ffn, x.astype(np.float16))
+        if self.silent:
+            if self._from_product(ffn):
+                self._fired(ffn, product > 0)
+        elif self.magnitudes is not None:
+            rows = self._source_order(ffn, product[self.magnitudes])
+            act = _silu(rows) if self.model.activation == "silu" else _gelu(rows)
+            self._add("gate", ffn, np.abs(act).astype(np.float16))
+
+    def _up(self, ffn: ProfiledFFN, address: int) -> None:
+        assert self.magnitudes is not None
+        rows = _values(self.ggml, address)[self.magnitudes]
+        self._add("up", ffn, np.abs(self._source_order(ffn, rows)).astype(np.float16))
+
+    def _source_order(self, ffn: ProfiledFFN, values: np.ndarray) -> np.ndarray:
+        order = self.model.orders.get(ffn.unit)
+        return values if order is None else values[..., order[0]]
+
+    def _fired(self, ffn: ProfiledFFN, fired: np.ndarray) -> None:
+        fired = self._source_order(ffn, fired)
+        self._add("count", ffn, np.count_nonzero(fired, axis=0).astype(np.int32)[None])
+        if self.keep:
+            self._add("bits", ffn, np.packbits(fired, axis=-1))
+
+    def _route(self, ffn: ProfiledFFN, address: int) -> None:
+        experts = _values(self.ggml, address).astype(np.int16)
+        self.routed[ffn.unit] = experts
+        self._add("experts", ffn, experts)
+
+    def _fired_experts(self, ffn: ProfiledFFN, fired: np.ndarray) -> None:
+        """fired: bool [tokens, experts used, n_ff]."""
+        experts = self.routed[ffn.unit]
+        if (order := self.model.orders.get(ffn.unit)) is not None:
+            fired = np.take_along_axis(fired, order[experts], axis=2)
+        count = np.zeros((ffn.n_expert, ffn.n_ff), np.int32)
+        np.add.at(count, experts.ravel(), fired.reshape(-1, ffn.n_ff))
+        self._add("count", ffn, count[None])
+        if self.keep:
+            self._add("bits", ffn, np.packbits(fired, axis=-1))
+
+    def take(self) -> dict[str, np.ndarray]:
+        """What was gathered since the last call, as a chunk's arrays."""
+        taken, self.arrays = self.arrays, {}
+        return {
+            name: np.sum(parts, axis=0)[0] if name.startswith("count.") else np.concatenate(parts)
+            for name, parts in taken.items()
+        }
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-np.clip(x, -80, 80)))
+
+
+def _gelu(x: np.ndarray) -> np.ndarray:
+    """The tanh form that ggml computes."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * x * (1 + 0.044715 * x * x)))
+
+
+def calibrate(
+    model: str,
+    texts: Sequence[str | os.PathLike[str]] | None,
+    output: str | os.PathLike[str],
+    *,
+    tokens: int = TOKENS,
+    disk: int = DISK,
+    activation: str | None = None,
+    threads: int = 1,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Profile:
+    """Read text with `model` and write the profile `output`, or go on with one that was interrupted.
+
+    texts: files, read one after the other up to `tokens` tokens; None takes random tokens, for models that never
+    learnt a language. disk: the profile keeps the inputs of as many tokens as fit so many bytes, evenly spread;
+    counts come from all tokens. activation: what the FFN computes, where the file does not say. A stock file
+    whose activation stock does not compute is converted beside the output while it is needed.
+    progress(done, total) counts tokens. Raises PowerInferError, FormatError, ConversionError, OSError.
+    """
+    output = Path(output)
+    with contextlib.ExitStack() as stack:
+        about = _about_with(stack, model, output, activation)
+        window = min(WINDOW, about.context or WINDOW)
+        names = "random tokens" if texts is None else ", ".join(os.path.basename(text) for text in texts)
+        capture = _Capture(about)
+        llama, context, batch = _open(stack, about.path, window, threads, capture)
+        ids = _tokens(llama, texts, tokens, seed)
+        meta = {
+            "model": os.path.basename(model),
+            "fingerprint": about.fingerprint,
+            "architecture": about.architecture,
+            "activation": about.activation,
+            "text": names,
+            "text_sha256": hashlib.sha256(np.asarray(ids, "<i4").tobytes()).hexdigest(),
+            "tokens": len(ids),
+            "window": window,
+            "chunk": CHUNK // window * window,
+            "experts_used": about.experts_used,
+        }
+        meta["stored"] = _stored(about, meta["tokens"], disk)
+        profile = Profile.create(output, meta, about.ffns)
+        if profile.meta.get("text_sha256") != meta["text_sha256"]:
+            raise PowerInferError(f"{output}: holds the profile of another text; choose another place, or remove it")
+        magnitudes = max(1, min(BATCH, MAGNITUDES * BATCH // len(ids)))
+        for chunk in range(profile.done, profile.n_chunks):
+            capture.keep = profile.is_stored(chunk)
+            capture.arrays.clear()
+            first = chunk * meta["chunk"]
+            for at in range(first, min(first + meta["chunk"], len(ids)), window):
+                piece = ids[at : at + window]
+                capture.magnitudes = np.linspace(0, len(piece) - 1, min(magnitudes, len(piece))).astype(int)
+                _read(context, batch, piece, capture)
+                if progress:
+                    progress(at + len(piece), len(ids))
+            arrays = capture.take()
+            if not arrays:
+                raise PowerInferError(
+                    f"{model}: llama.cpp's graph for {about.architecture} names no FFN that we know"
+                )
+            profile.write_chunk(chunk, arrays)
+    return profile
+
+
+def _about_with(stack: contextlib.ExitStack, model: str, output: Path, activation: str | None) -> _Model:
+    """What is known of the model, of a temporary exact conversion of it where stock computes another activation."""
+    with GGUFFile.open(model) as file:
+        stock = K_VERSION not in file.fields
+        plan = plan_conversion(file, activation) if stock else None
+    if plan is None or plan.activation == NATIVE.get(plan.architecture, (None, False))[0]:
+        return _about(model)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.parent / f".{output.name}.{secrets.token_hex(4)}.gguf"
+    stack.callback(temporary.unlink, missing_ok=True)
+    convert(model, temporary, activation=activation)
+    return _about(str(temporary))
+
+
+def _stored(model: _Model, tokens: int, disk: int) -> int:
+    """Every how many-th chunk can keep inputs and masks, so that the profile takes about `disk` bytes at most."""
+    token = 0
+    for ffn in model.ffns:
+        if not ffn.n_expert:
+            token += 2 * ffn.n_embd
+        if model.activation in SILENT:
+            token += ffn.n_ff // 8 * (model.experts_used if ffn.n_expert else 1)
+    return max(1, -(-token * tokens // max(1, disk)))
+
+
+def _read(context: Any, batch: Any, piece: list[int], capture: _Capture) -> None:
+    """One window, with an empty context before it."""
+    context.kv_cache_clear()
+    # All of them are outputs: llama.cpp leaves the others out of the last layer's FFN.
+    batch.set_batch(piece, n_past=0, logits_all=True)
+    try:
+        context.decode(batch)
+    except RuntimeError:
+        if capture.error is None:
+            raise
+    if capture.error is not None:
+        raise capture.error
+
+
+def _open(
+    stack: contextlib.ExitStack, model: str, window: int, threads: int, capture: _Capture
+) -> tuple[Any, Any, Any]:
+    """The model, a context that calls the capture, and a batch; closed by `stack`, in reverse order."""
+    with sparse_loading(Options()):
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = 0
+        llama = internals.LlamaModel(path_model=model, params=params, verbose=False)
+    stack.enter_context(contextlib.closing(llama))
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = settings.n_ubatch = window
+    settings.n_threads = settings.n_threads_batch = threads
+    settings.cb_eval = capture.callback
+    context = internals.LlamaContext(model=llama, params=settings, verbose=False)
+    stack.enter_context(contextlib.closing(context))
+    batch = internals.LlamaBatch(n_tokens=window, embd=0, n_seq_max=1, verbose=False)
+    stack.enter_context(contextlib.closing(batch))
+    return llama, context, batch
+
+
+def _tokens(llama: Any, texts: Sequence[str | os.PathLike[str]] | None, tokens: int, seed: int) -> list[int]:
+    if texts is None:
+        return np.random.default_rng(seed).integers(0, llama.n_vocab(), max(tokens, LEAST_TOKENS)).tolist()
+    ids: list[int] = []
+    for text in texts:
+        content = Path(text).read_text(encoding="utf-8", errors="replace")
+        ids += llama.tokenize(content.encode(), add_bos=False, special=False)
+        if len(ids) >= tokens:
+            break
+    if len(ids) < LEAST_TOKENS:
+        named = ", ".join(map(str, texts))
+        raise PowerInferError(
+            f"{named}: {len(ids)} tokens of text are too few to calibrate with; give at least {LEAST_TOKENS}, better "
+            f"{TOKENS}"
+        )
+    return ids[:tokens]
