@@ -212,7 +212,6 @@ void io_slot_finish(struct io *io, uint32_t index, struct io_done *done) {
     if (slot->error != 0 && slot->begin + slot->got > offset) offset = slot->begin + slot->got;
     *done = (struct io_done){.tag = read->tag, .error = slot->error, .file = read->file, .offset = offset};
     if (slot->got > 0 && !io->files[read->file].direct) drop_cache(&io->files[read->file], slot->begin, slot->got);
-    atomic_store_explicit(&slot->busy, false, memory_order_relaxed);
     io_queue_push(&io->unused, index);
 }
 
@@ -225,13 +224,13 @@ static bool slot_begin(struct io *io, struct io_slot *slot, const struct io_read
     slot->cut = UINT64_MAX;
     slot->fault = slot->retries = slot->error = 0;
     if (io->inject_in >= 0 && io->inject_in-- == 0) {
-        if (io->inject_short != 0) slot->cut = read->offset + read->size - io->inject_short % (read->size + 1ULL);
+        const uint32_t missing = io->inject_short < read->size ? io->inject_short : read->size;
+        if (missing != 0) slot->cut = read->offset + read->size - missing;
         else slot->fault = io->inject_error;
     }
     if (read->file < 0 || read->file >= io->n_files) slot->error = EBADF;
     else if (read->offset > INT64_MAX - (1ULL << 33)) slot->error = EINVAL; /* ends beyond what a file can hold */
     else if ((uintptr_t)read->dst % io->align != 0) slot->error = EINVAL;
-    atomic_store_explicit(&slot->busy, true, memory_order_release);
     return slot->error == 0;
 }
 

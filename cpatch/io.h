@@ -4,6 +4,9 @@
  * and nothing else. Two engines behind one interface: io_uring by raw system calls, and a pool of threads that pread,
  * for kernels and containers that refuse io_uring. Which one runs is decided when the io is opened.
  *
+ * A read that the file ends within fails with ENODATA; a file that is truncated while it is open is noticed that way,
+ * one that is overwritten in place is not. EINTR and its like are retried, short reads continued.
+ *
  * O_DIRECT wants offsets, lengths and addresses that are multiples of the device's block (io_align()). Callers ask for
  * any range of a file; what is read is the smallest aligned window around it, so dst must be aligned and have room for
  * io_window(offset, size, align) bytes, and the wanted bytes begin at dst + offset % align. io_align() is 1 for a file
@@ -22,7 +25,7 @@ enum io_engine { IO_AUTO = 0, IO_URING = 1, IO_THREADS = 2 };
 
 struct io_options {
     enum io_engine engine; /* IO_AUTO: io_uring where it works, else threads */
-    int depth;             /* reads in flight at most; more are queued by io_submit's caller (see there). 0: 64 */
+    int depth;             /* reads in flight at most, up to 4096; more wait with the caller (see io_submit). 0: 64 */
     bool buffered;         /* never O_DIRECT: for tests, and as the fall-back is chosen per file anyway */
 };
 
@@ -62,7 +65,9 @@ int io_poll(struct io *io, struct io_done *done, int max, bool wait);
 
 int io_in_flight(const struct io *io);
 
-/* Optional: lets the kernel pin the memory once instead of at every read. Failure only costs time; returns 0 or -1. */
+/* Optional: lets the kernel pin the memory once instead of at every read. The memory is resident from then on and must
+ * stay mapped until io_close. Only while nothing is in flight; io_uring only. Failure (often RLIMIT_MEMLOCK) only costs
+ * time; returns 0 or -1. */
 int io_register(struct io *io, void *memory, size_t size);
 
 /* Totals since io_open. */
@@ -80,8 +85,9 @@ struct io_cost {
 };
 int io_measure(struct io *io, int file, uint64_t file_size, double seconds, struct io_cost *out, char *err, size_t err_len);
 
-/* Fault injection for tests: the n-th read from now (0: the next) fails with the given errno, or, when short_by is not
- * 0, sees a file that ends short_by bytes early. n < 0 switches it off. */
+/* Fault injection for tests: the n-th read from now (0: the next) is answered with the given errno (EINTR, EAGAIN and
+ * ECANCELED are then retried, as from the device), or, when short_by is not 0, sees a file that ends short_by bytes
+ * before the read does. Once; n < 0 switches it off. */
 void io_inject(struct io *io, int64_t n, int error, uint32_t short_by);
 
 #endif

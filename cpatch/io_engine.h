@@ -29,7 +29,7 @@ struct io_slot {
     int fault;       /* injected errno for the next answer of the device, else 0 */
     int retries;     /* answers in a row that were no answers: EINTR and its like */
     int error;       /* of a finished read */
-    atomic_bool busy;
+    atomic_bool sent; /* io_uring's: the kernel has it */
 };
 
 /* A queue of slot numbers that never holds more than there are slots. One side may push while another pops; pushes

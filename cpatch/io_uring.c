@@ -124,8 +124,8 @@ static int region_of(const struct io_uring *u, const void *dst, uint32_t size) {
     return -1;
 }
 
-static void fill(const struct io *io, uint32_t index, struct sqe *sqe) {
-    const struct io_slot *slot = &io->slots[index];
+static void fill(struct io *io, uint32_t index, struct sqe *sqe) {
+    struct io_slot *slot = &io->slots[index];
     uint64_t offset;
     void *dst;
     const uint32_t size = io_slot_next(slot, &offset, &dst);
@@ -139,6 +139,8 @@ static void fill(const struct io *io, uint32_t index, struct sqe *sqe) {
         .user_data = index,
         .buf_index = region >= 0 ? (uint16_t)region : 0,
     };
+    /* The slot goes from this thread to the one that collects by way of the kernel: said once more in C's terms. */
+    atomic_store_explicit(&slot->sent, true, memory_order_release);
 }
 
 /* The ring has an entry for every slot and the kernel takes entries out before enter returns, so there is room. */
@@ -163,6 +165,7 @@ void io_uring_send(struct io *io, const uint32_t *slots, int n) {
     atomic_store_explicit(u->sq_tail, tail - (uint32_t)(n - sent), memory_order_release); /* nobody has seen them */
     for (int i = sent; i < n; i++) {
         io->slots[slots[i]].error = error;
+        atomic_store_explicit(&io->slots[slots[i]].sent, false, memory_order_relaxed);
         io_queue_push(&io->failed, slots[i]);
     }
 }
@@ -178,7 +181,7 @@ int io_uring_collect(struct io *io, struct io_done *done, int max) {
         const uint32_t index = (uint32_t)cqe.user_data;
         if (cqe.user_data >= (uint64_t)io->depth) continue; /* none of ours: cannot be */
         struct io_slot *slot = &io->slots[index];
-        if (!atomic_load_explicit(&slot->busy, memory_order_acquire)) continue;
+        if (!atomic_exchange_explicit(&slot->sent, false, memory_order_acquire)) continue;
         if (io_slot_advance(io, slot, cqe.res)) {
             io_slot_finish(io, index, &done[n++]);
         } else {
