@@ -8,7 +8,14 @@
 #include <string.h>
 #include <time.h>
 
-enum { N_SIZES = 5, SMALLEST = 4096, STEP = 4, SCRATCH = 4 << 20, BATCH = 64 };
+enum {
+    SMALLEST = 4096,
+    STEP = 4,
+    N_SIZES = 5,
+    N_ROUNDS = 3,      /* of which the median counts: another program may use the device too */
+    SCRATCH = 8 << 20, /* bytes in flight at most: enough to fill any queue with large reads */
+    MAX_READS = SCRATCH / SMALLEST,
+};
 
 static double now(void) {
     struct timespec t;
@@ -23,56 +30,64 @@ static uint64_t next_random(uint64_t *state) { /* xorshift64: where the reads go
     return *state;
 }
 
-/* What goes in while the reads of one size run. */
 struct run {
     struct io *io;
     int file;
-    uint64_t file_size;
-    uint32_t size;
-    char *scratch; /* SCRATCH bytes; reads that do not fit side by side overwrite each other, nobody looks */
-    uint64_t random, started, finished;
+    uint64_t file_size, random;
+    char *scratch; /* SCRATCH bytes; read number i of a size goes to scratch + i * size */
+    int n_free;    /* reads that are not in flight, and their numbers */
+    int free[MAX_READS];
+    struct io_read reads[MAX_READS];
 };
 
-static void start_one(struct run *r, struct io_read *read) {
-    const uint64_t places = (r->file_size - r->size) / SMALLEST + 1;
-    *read = (struct io_read){
-        .file = r->file,
-        .offset = next_random(&r->random) % places * SMALLEST,
-        .size = r->size,
-        .dst = r->scratch + r->started % (SCRATCH / r->size) * r->size,
-    };
+/* Submits as many reads of this size as the io takes. */
+static void submit(struct run *r, uint32_t size) {
+    const uint64_t places = (r->file_size - size) / SMALLEST + 1;
+    for (int i = 0; i < r->n_free; i++) {
+        const int number = r->free[r->n_free - 1 - i];
+        r->reads[i] = (struct io_read){
+            .file = r->file,
+            .offset = next_random(&r->random) % places * SMALLEST,
+            .size = size,
+            .dst = r->scratch + (size_t)number * size,
+            .tag = (uint64_t)number,
+        };
+    }
+    r->n_free -= io_submit(r->io, r->reads, r->n_free);
 }
 
 /* Collects what there is, waiting for at least one. Returns 0 or the errno of a read that failed. */
-static int collect(struct run *r) {
-    struct io_done done[BATCH];
-    const int n = io_poll(r->io, done, BATCH, true);
-    r->finished += (uint64_t)n;
-    for (int i = 0; i < n; i++)
-        if (done[i].error != 0) return done[i].error;
-    return 0;
+static int collect(struct run *r, uint64_t *finished) {
+    struct io_done done[64];
+    const int n = io_poll(r->io, done, 64, true);
+    int error = 0;
+    *finished += (uint64_t)n;
+    for (int i = 0; i < n; i++) {
+        r->free[r->n_free++] = (int)done[i].tag;
+        if (done[i].error != 0) error = done[i].error;
+    }
+    return error;
 }
 
 /* Reads for that many seconds with the queue kept full. Seconds per read, or minus the errno of a read that failed. */
-static double time_reads(struct run *r, double seconds) {
+static double time_reads(struct run *r, uint32_t size, double seconds) {
     const double start = now();
-    double end = start;
+    uint64_t finished = 0;
     int error = 0;
-    while (error == 0 && (r->started == 0 || end - start < seconds)) {
-        struct io_read read;
-        for (;;) {
-            start_one(r, &read);
-            if (io_submit(r->io, &read, 1) == 0) break;
-            r->started++;
-        }
-        error = collect(r);
-        end = now();
+    r->n_free = 0;
+    while (r->n_free < SCRATCH / (int)size) {
+        r->free[r->n_free] = r->n_free;
+        r->n_free++;
     }
+    do {
+        submit(r, size);
+        error = collect(r, &finished);
+    } while (error == 0 && now() - start < seconds);
     while (io_in_flight(r->io) > 0) {
-        const int late = collect(r);
+        const int late = collect(r, &finished);
         if (error == 0) error = late;
     }
-    return error != 0 ? -error : (now() - start) / (double)r->finished;
+    return error != 0 ? -error : (now() - start) / (double)finished;
 }
 
 /* The line that is least wrong in relative terms: small reads are as important as large ones. */
@@ -93,39 +108,56 @@ static void fit(const double *size, const double *seconds, int n, struct io_cost
     out->latency = sensible ? latency : 0;
 }
 
+static double median_of_three(const double *x) {
+    const double low = x[0] < x[1] ? x[0] : x[1], high = x[0] < x[1] ? x[1] : x[0];
+    return x[2] < low ? low : x[2] > high ? high : x[2];
+}
+
+/* Fills in the sizes that fit into the file and what a read of each costs. Returns how many, or minus an errno. */
+static int measure_sizes(struct run *r, double seconds, double *sizes, double *costs) {
+    double rounds[N_SIZES][N_ROUNDS];
+    int n = 0;
+    for (int round = 0; round < N_ROUNDS; round++) {
+        uint32_t size = SMALLEST;
+        for (n = 0; n < N_SIZES && size <= r->file_size; n++, size *= STEP) {
+            sizes[n] = size;
+            rounds[n][round] = time_reads(r, size, seconds / (N_SIZES * N_ROUNDS));
+            if (rounds[n][round] < 0) return (int)rounds[n][round];
+        }
+    }
+    for (int i = 0; i < n; i++) costs[i] = median_of_three(rounds[i]);
+    return n;
+}
+
 int io_measure(struct io *io, int file, uint64_t file_size, double seconds, struct io_cost *out, char *err,
                size_t err_len) {
-    double size[N_SIZES], cost[N_SIZES];
-    int n = 0;
     if (io_in_flight(io) != 0) {
         snprintf(err, err_len, "reads are in flight: measure before the first");
         return -1;
     }
     if (file_size < SMALLEST * STEP || SMALLEST % io_align(io) != 0) {
-        snprintf(err, err_len, "the file is too small to measure its device with (%llu bytes)",
-                 (unsigned long long)file_size);
+        snprintf(err, err_len, "a file of %llu bytes in blocks of %u is too small to measure its device with",
+                 (unsigned long long)file_size, io_align(io));
         return -1;
     }
+    struct run *r = calloc(1, sizeof *r);
     void *scratch = NULL;
-    if (posix_memalign(&scratch, SMALLEST, SCRATCH) != 0) {
+    if (r == NULL || posix_memalign(&scratch, SMALLEST, SCRATCH) != 0) {
         snprintf(err, err_len, "out of memory for %d bytes to measure with", SCRATCH);
+        free(r);
         return -1;
     }
     memset(scratch, 0, SCRATCH); /* page faults now, not in the first reads */
-    struct run r = {.io = io, .file = file, .file_size = file_size, .size = SMALLEST, .scratch = scratch};
-    r.random = 0x9e3779b97f4a7c15u;
-    double per_read = 0;
-    for (; n < N_SIZES && r.size <= file_size && per_read >= 0; r.size *= STEP) {
-        r.started = r.finished = 0;
-        per_read = time_reads(&r, seconds / N_SIZES);
-        size[n] = r.size;
-        cost[n++] = per_read;
-    }
+    *r = (struct run){.io = io, .file = file, .file_size = file_size, .scratch = scratch};
+    r->random = 0x9e3779b97f4a7c15u;
+    double sizes[N_SIZES], costs[N_SIZES];
+    const int n = measure_sizes(r, seconds, sizes, costs);
     free(scratch);
-    if (per_read < 0) {
-        snprintf(err, err_len, "reading to measure the device failed: %s", strerror((int)-per_read));
+    free(r);
+    if (n < 0) {
+        snprintf(err, err_len, "reading to measure the device failed: %s", strerror(-n));
         return -1;
     }
-    fit(size, cost, n, out);
+    fit(sizes, costs, n, out);
     return 0;
 }
