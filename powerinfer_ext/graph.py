@@ -1,0 +1,85 @@
+"""Watching llama.cpp's graph as it is computed, through its evaluation callback (`llama_context_params.cb_eval`).
+
+llama.cpp asks about every node before it computes it; those that somebody wants are handed out once they hold
+their values, before anything reads them. So a watcher can look at activations, and change them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from gguf_tools import quants
+from powerinfer_ext.errors import PowerInferError
+
+Handler = Callable[[np.ndarray], None]
+
+_DTYPES = {0: np.float32, 26: np.int32}  # ggml types of activations and of indices
+
+
+class _Tensor(ctypes.Structure):
+    """The beginning of struct ggml_tensor (ggml.h); `_values` checks it against ggml's own functions."""
+
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+    ]
+
+
+class Watcher:
+    """The callback. `wanted(name)` is called for every node of every graph and returns who wants its values.
+
+    A handler gets the values in place, axes in numpy's order and leading axes of one dropped: a view that is valid
+    until the handler returns, and may be written to. `callback` goes into `cb_eval` and must live as long as the
+    context. What a handler raises cannot travel through C: computing stops, and `check` raises it.
+    """
+
+    def __init__(self, wanted: Callable[[str], Handler | None]) -> None:
+        self._wanted = wanted
+        self._error: BaseException | None = None
+        self._ggml = quants.library()
+        results = {"get_name": ctypes.c_char_p, "get_data": ctypes.c_void_p, "nelements": ctypes.c_int64}
+        for name, result in results.items():
+            function = getattr(self._ggml, f"ggml_{name}")
+            function.restype, function.argtypes = result, [ctypes.c_void_p]
+        self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._call)
+
+    def check(self) -> None:
+        """Raise what a handler raised since the last check."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _call(self, tensor: int, ask: bool, user_data: Any) -> bool:
+        try:
+            handler = self._wanted(self._ggml.ggml_get_name(tensor).decode())
+            if ask:
+                return handler is not None
+            if handler is not None:
+                handler(self._values(tensor))
+            return True
+        except BaseException as error:
+            self._error = error
+            return False
+
+    def _values(self, tensor: int) -> np.ndarray:
+        head = _Tensor.from_address(tensor)
+        shape, strides = list(head.ne)[::-1], list(head.nb)[::-1]
+        if head.type not in _DTYPES or int(np.prod(shape)) != self._ggml.ggml_nelements(tensor):
+            raise PowerInferError(
+                "llama.cpp's tensors are not laid out as expected; run powerinfer doctor to see whether the "
+                "installed llama-cpp-python is supported"
+            )
+        dtype = np.dtype(_DTYPES[head.type])
+        span = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + dtype.itemsize
+        memory = (ctypes.c_char * span).from_address(self._ggml.ggml_get_data(tensor))
+        array = np.ndarray(shape, dtype, memory, strides=strides)
+        while array.ndim > 2 and array.shape[0] == 1:
+            array = array[0]
+        return array
