@@ -364,7 +364,8 @@ static int collect(struct io *io, struct io_done *done, int max) {
     int n = 0;
     for (uint32_t index; n < max && io_queue_pop(&io->failed, &index);) io_slot_finish(io, index, &done[n++]);
     if (n < max) {
-        n += io->engine == IO_URING ? io_uring_collect(io, done + n, max - n) : io_threads_collect(io, done + n, max - n);
+        n += io->engine == IO_URING ? io_uring_collect(io, done + n, max - n)
+                                    : io_threads_collect(io, done + n, max - n);
     }
     if (n > 0) atomic_fetch_sub_explicit(&io->in_flight, n, memory_order_release);
     return n;

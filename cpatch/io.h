@@ -12,6 +12,9 @@
  * io_window(offset, size, align) bytes, and the wanted bytes begin at dst + offset % align. io_align() is 1 for a file
  * that is read through the page cache.
  *
+ * Destinations in huge pages (2 MiB aligned, MADV_HUGEPAGE) cost the kernel a sixth of the work per byte, and let large
+ * reads reach the device in fewer pieces: measured 2.6 GB/s instead of 1.9 for 256 KiB, and more than io_register gains.
+ *
  * Threads: any thread may submit and poll at any time; an io serialises what it has to. Nothing is allocated after
  * io_open(). */
 #ifndef POWERINFER_IO_H
@@ -85,7 +88,8 @@ struct io_cost {
     double latency;   /* seconds per read at that depth: one over the rate of tiny reads; 0: lost in noise */
     double bandwidth; /* bytes per second for large reads */
 };
-int io_measure(struct io *io, int file, uint64_t file_size, double seconds, struct io_cost *out, char *err, size_t err_len);
+int io_measure(struct io *io, int file, uint64_t file_size, double seconds, struct io_cost *out, char *err,
+               size_t err_len);
 
 /* Fault injection for tests: the n-th read from now (0: the next) is answered with the given errno (EINTR, EAGAIN and
  * ECANCELED are then retried, as from the device), or, when short_by is not 0, sees a file that ends short_by bytes

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 
 enum {
@@ -15,6 +16,7 @@ enum {
     N_ROUNDS = 3,      /* of which the median counts: another program may use the device too */
     SCRATCH = 8 << 20, /* bytes in flight at most: enough to fill any queue with large reads */
     MAX_READS = SCRATCH / SMALLEST,
+    HUGE_PAGE = 2 << 20,
 };
 
 static double now(void) {
@@ -142,11 +144,14 @@ int io_measure(struct io *io, int file, uint64_t file_size, double seconds, stru
     }
     struct run *r = calloc(1, sizeof *r);
     void *scratch = NULL;
-    if (r == NULL || posix_memalign(&scratch, SMALLEST, SCRATCH) != 0) {
+    if (r == NULL || posix_memalign(&scratch, HUGE_PAGE, SCRATCH) != 0) {
         snprintf(err, err_len, "out of memory for %d bytes to measure with", SCRATCH);
         free(r);
         return -1;
     }
+#ifdef MADV_HUGEPAGE
+    madvise(scratch, SCRATCH, MADV_HUGEPAGE); /* as io.h recommends for what is measured here */
+#endif
     memset(scratch, 0, SCRATCH); /* page faults now, not in the first reads */
     *r = (struct run){.io = io, .file = file, .file_size = file_size, .scratch = scratch};
     r->random = 0x9e3779b97f4a7c15u;

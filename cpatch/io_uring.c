@@ -20,7 +20,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-/* ---- The kernel's interface, as far as used: linux/io_uring.h, which the build machine may not have --------------- */
+/* ---- The kernel's interface, as far as used: linux/io_uring.h, which the build machine may not have -------------- */
 
 enum {
     OP_READ_FIXED = 4,
@@ -87,7 +87,7 @@ _Static_assert(sizeof(struct sqe) == 64 && sizeof(struct cqe) == 16 && sizeof(st
                    sizeof(struct probe) == 16 + 8 * N_OPS,
                "the kernel's layouts");
 
-/* ---- The ring ----------------------------------------------------------------------------------------------------- */
+/* ---- The ring ---------------------------------------------------------------------------------------------------- */
 
 enum {
     MAX_REGIONS = 64,
@@ -215,7 +215,7 @@ int io_uring_register(struct io *io, void *memory, size_t size) {
     return -1;
 }
 
-/* ---- Starting and stopping ---------------------------------------------------------------------------------------- */
+/* ---- Starting and stopping --------------------------------------------------------------------------------------- */
 
 static const char *refusal(int error) {
     switch (error) {
