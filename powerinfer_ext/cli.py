@@ -77,6 +77,11 @@ class Activation(StrEnum):
     gelu = "gelu"
 
 
+class Threshold(StrEnum):
+    cats = "cats"
+    chess = "chess"
+
+
 class EvalMode(StrEnum):
     prefill = "prefill"
     decode = "decode"
@@ -166,6 +171,7 @@ def models(as_json: Json = False) -> None:
         "powerinfer convert arcee-relu2 arcee.sparse.gguf",
         "powerinfer convert prosparse-llama-2-7b.gguf prosparse.sparse.gguf --activation relu",
         "powerinfer convert model-f16.gguf model.sparse.gguf --down-type Q8_0",
+        "powerinfer convert llama-swiglu swiglu.sparse.gguf --threshold chess --max-ppl-increase 1%",
     )
 )
 def convert(
@@ -178,21 +184,61 @@ def convert(
     down_type: Annotated[
         str, typer.Option(help="Type to store the columns of down in, such as F16 or Q8_0; or auto.")
     ] = "auto",
+    threshold: Annotated[
+        Threshold | None,
+        typer.Option(
+            help="For SwiGLU and GeGLU models: skip neurons whose |act(gate)| is below a threshold, one per layer "
+            "(cats) or per neuron (chess). Changes what the model computes; by how much is said at the end.",
+            show_default="off",
+        ),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="With --threshold: share of neurons to compute.", show_default="0.5")
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option(metavar="SHARE", help="Instead of --density: skip as many as cost this in perplexity, say 1%."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text to calibrate with; its last quarter is kept for judging the result.", show_default="bundled"
+        ),
+    ] = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Convert a stock GGUF to sparse-GGUF."""
+    """Convert a stock GGUF, or a PowerInfer model, to sparse-GGUF."""
     from gguf_tools.convert import convert as write_sparse
 
+    if threshold is None and (density is not None or max_ppl_increase is not None):
+        raise PowerInferError("--density and --max-ppl-increase go with --threshold; add --threshold chess")
+    calibration, cost = None, None
+    if threshold is not None:
+        from powerinfer_ext.run import default_threads
+        from powerinfer_ext.thresholds import find_thresholds
+
+        with _progress("Looking for thresholds") as progress:
+            calibration, cost = find_thresholds(
+                _resolve(source),
+                threshold.value,
+                density=density,
+                max_increase=None if max_ppl_increase is None else _share("--max-ppl-increase", max_ppl_increase),
+                text=None if text is None else text.read_text(encoding="utf-8", errors="replace"),
+                threads=threads or default_threads(),
+                progress=progress,
+            )
     with _progress(f"Converting to {target.name}") as progress:
         report = write_sparse(
             _resolve(source),
             target,
             activation=activation.value if activation else None,
             down_type=down_type,
+            calibration=calibration,
             progress=progress,
         )
     if as_json:
-        return _print_json(report.to_dict())
+        return _print_json(report.to_dict() | ({"threshold": cost.to_dict()} if cost else {}))
     neurons = sum(layer.n_ff * (layer.n_expert or 1) for layer in report.layers)
     _say(
         f"{report.output}: {report.architecture}, {report.activation}, {neurons} neurons in "
@@ -205,6 +251,10 @@ def convert(
             f"down was re-quantised in {len(report.requantised)} layers, as its columns are stored as rows: "
             f"it moved by at most {worst:.2%} (root mean square)"
         )
+    if cost:
+        _say(cost.sentence())
+    for note in report.notes:
+        _say(note)
 
 
 @app.command(epilog=_examples("powerinfer export arcee.sparse.gguf arcee.gguf"))
@@ -410,6 +460,14 @@ def _resolve(model: str) -> str:
         return str(find(model).path)
     except ValueError as error:
         raise PowerInferError(f"{model}: there is no such file, and {error}") from None
+
+
+def _share(option: str, given: str) -> float:
+    """A share written as 0.01 or 1%."""
+    try:
+        return float(given[:-1]) / 100 if given.endswith("%") else float(given)
+    except ValueError:
+        raise PowerInferError(f"{option} {given}: give a share, such as 0.01 or 1%") from None
 
 
 def _reference(sparse_path: str, dense: str | None) -> tuple[str, str]:

@@ -164,10 +164,16 @@ class GatedModel:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def windows(self, text: str, tokens: int) -> list[list[int]]:
-        """`text` as token windows, `tokens` in all (fewer where it is shorter)."""
+    def windows(self, text: str, tokens: int, purpose: str = "judge") -> list[list[int]]:
+        """`text` as token windows, `tokens` in all (fewer where it is shorter, PowerInferError where it is too short
+        for its purpose).
+        """
         bos = self.llama.token_bos() if self.llama.add_bos_token() else None
         ids = self.llama.tokenize(text.encode(), add_bos=False, special=False)
+        if len(ids) < LEAST_TOKENS:
+            raise PowerInferError(
+                f"the text to {purpose} with has {len(ids)} tokens, at least {LEAST_TOKENS} are needed; give more text"
+            )
         return windows(ids, tokens, self.window, bos)
 
     def logits(self, tokens: list[int]) -> np.ndarray:
@@ -476,13 +482,9 @@ def find_thresholds(
     _check_wishes(kind, density, max_increase)
     text, tuning, heldout, source = texts(text, heldout)
     with GatedModel(path, window=window, threads=threads) as model:
-        parts = [model.windows(part, tokens) for part in (text, tuning, heldout)]
-        for part, what in zip(parts, ("calibrate", "tune", "judge"), strict=True):
-            if (found := sum(map(len, part))) < LEAST_TOKENS:
-                raise PowerInferError(
-                    f"the text to {what} with has {found} tokens, at least {LEAST_TOKENS} are needed; give more text"
-                )
-        read, tuned, judged = parts
+        read = model.windows(text, tokens, "calibrate")
+        tuned = model.windows(tuning, tokens, "tune")
+        judged = model.windows(heldout, tokens)
         rounds = 1 + (len(model.layers) / 4 + len(BALANCES) if kind == "chess" else 1) + 9 * (density is None)
         step = _counter(progress, len(read) + math.ceil(rounds * len(tuned)) + len(judged))
         statistics = profiled(path, profile, model.layers) if profile else model.record(read, step=step)
@@ -491,7 +493,7 @@ def find_thresholds(
             thresholds, balance, tuning_cost = tuner.search(kind, max_increase)
         else:
             thresholds, balance, tuning_cost = tuner.best(kind, density)
-        cost = measure(model, thresholds, [(tokens_, None) for tokens_ in judged], step)
+        cost = measure(model, thresholds, [(part, None) for part in judged], step)
     report = ThresholdReport(kind, balance, density, max_increase, cost, tuning_cost)
     ffns = {
         str(layer): Calibrated(thresholds=values, density=share)
@@ -507,7 +509,7 @@ def profiled(path: str, profile: Profile, layers: Mapping[int, int]) -> Statisti
     found = {}
     for layer in layers:
         gate, up = (profile.array(part, str(layer)) for part in ("gate", "up"))
-        if not len(gate):
+        if gate is None or up is None:
             raise PowerInferError(f"{profile.folder}: has no gates of layer {layer}; calibrate the model again")
         found[layer] = LayerStatistics(gate, np.mean(up, axis=0, dtype=np.float32))
     return found
