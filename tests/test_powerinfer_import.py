@@ -262,7 +262,6 @@ def test_quantised_predictors_keep_fc2(tmp_path, stock, quant):
         assert p.a_tensor.type == quants.Q8_0
 
 
-@pytest.mark.xfail(strict=True, reason="the engine does not run predicted layers yet")
 @pytest.mark.parametrize("architecture", ACTIVATION)
 def test_predicted_output(tmp_path, stock, architecture):
     """What is run is the model with the neurons that the predictors name, and no others."""
@@ -274,7 +273,9 @@ def test_predicted_output(tmp_path, stock, architecture):
         expected = predicted.logits(TOKENS)
     exact = Reference(stock[activation], activation).logits(TOKENS)
     assert np.abs(expected - exact).max() > 0.5 * exact.std()  # the predictors are random: it must show
-    assert np.abs(run(tmp_path / "s.gguf") - expected).max() < 0.05 * exact.std()
+    # A score may be so close to zero that the order of additions decides: that changes few tokens, and little.
+    off = np.abs(run(tmp_path / "s.gguf") - expected).max(axis=1) / exact.std()
+    assert np.quantile(off, 0.9) < 1e-5 and off.max() < 0.3
 
 
 def test_a_score_of_zero_counts_as_firing(tmp_path, stock):
