@@ -42,6 +42,7 @@ from gguf_tools.reader import (
     Field,
     GGUFFile,
     TensorInfo,
+    printable,
     row_bytes,
     type_name,
 )
@@ -124,8 +125,8 @@ class PowerInferFile(GGUFFile):
         name = field.value
         if name not in ARCHITECTURES:
             raise ConversionError(
-                f"{self.path}: {K_ARCHITECTURE}: PowerInfer models of architecture {name!r} cannot be run on stock "
-                f"llama.cpp: {_REFUSED.get(name, _OTHER)}"
+                f"{self.path}: {K_ARCHITECTURE}: PowerInfer models of architecture {printable(name)} cannot be run "
+                f"on stock llama.cpp: {_REFUSED.get(name, _OTHER)}"
             )
         return name, ARCHITECTURES[name][1]
 
@@ -134,7 +135,8 @@ class PowerInferFile(GGUFFile):
         if field is None:
             return 0.0
         if field.type != F32 or not np.isfinite(field.value):
-            raise self._fail(K_THRESHOLD, f"has type {field.type_label} and value {field.value}, expected a finite f32")
+            found = f"is {field.value}" if field.type == F32 else f"has type {field.type_label}"
+            raise self._fail(K_THRESHOLD, f"{found}, expected a finite f32")
         return field.value
 
     def _fields(self, source: str, target: str, activation: str) -> dict[str, Field]:
@@ -145,7 +147,7 @@ class PowerInferFile(GGUFFile):
             elif name.startswith(f"{source}."):
                 field = Field(target + name[len(source) :], field.type, field.item_type, field.count, field.raw)
             if field.name in fields:
-                raise self._fail(f"key {name}", f"and {field.name} mean the same")
+                raise self._fail(f"key {printable(name)}", f"and {printable(field.name)} mean the same")
             fields[field.name] = field
         fields.setdefault(K_ACTIVATION, Field.scalar(K_ACTIVATION, STRING, activation))
         return fields

@@ -396,3 +396,51 @@ def test_down_types(tmp_path, stock):
     assert len(report.requantised) == LAYERS
     assert all(0.01 < layer.relative_rms < 0.2 for layer in report.layers)
     assert convert(pwri, tmp_path / "s.gguf", down_type="same").requantised == []
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (struct.pack("<If", 6, np.nan), "is nan, expected a finite f32"),
+        (struct.pack("<II", 4, 1), "has type u32, expected a finite f32"),
+    ],
+)
+def test_thresholds_that_are_none(tmp_path, value, message):
+    raw = Raw(magic=b"PWRI")
+    raw.fields.append(("powerinfer.sparse_threshold", value))
+    (tmp_path / "p.gguf").write_bytes(raw.encode())
+    with pytest.raises(FormatError, match=f"powerinfer.sparse_threshold: {message}"):
+        open_source(tmp_path / "p.gguf")
+
+
+def test_damaged_files_are_refused_with_a_sentence(tmp_path):
+    """Every way to break a header: FormatError or ConversionError, nothing else."""
+    stock = make(tmp_path / "m.gguf", "llama", n_embd=64, n_ff=64, n_head=2, n_layer=1, n_vocab=260)
+    small = write_pwri(tmp_path / "p.gguf", stock, "F32", change=shrink)
+    whole = small.read_bytes()
+    with open_source(small) as file:
+        end = file.header_end
+        tensors = whole.index(b"token_embd.weight")
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(400):
+        raw = bytearray(whole)
+        for _ in range(rng.integers(1, 4)):
+            at = int(rng.integers(4, end) if rng.random() < 0.3 else rng.integers(tensors, end))
+            raw[at] = int(rng.integers(256))
+        cut = len(raw) if rng.random() < 0.8 else int(rng.integers(4, len(raw)))
+        small.write_bytes(raw[:cut])
+        try:
+            with open_source(small) as file:
+                for index in file.predicted_layers:
+                    file.predictor(index)
+        except (FormatError, ConversionError):
+            refused += 1
+    assert 200 < refused < 400
+
+
+def shrink(name: str, values: np.ndarray) -> tuple[str, np.ndarray]:
+    """Predictors for an FFN of 64 neurons."""
+    if name.endswith("fc1.weight"):
+        return name, np.ascontiguousarray(values[:, :64])
+    return name, np.ascontiguousarray(values[:64]) if name.endswith("fc2.weight") else values
