@@ -12,7 +12,6 @@ byte, uint8 [tokens, n_ff / 8], or [tokens, experts used, n_ff / 8] in a mixture
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -29,11 +28,11 @@ from llama_cpp import _internals as internals
 from rich.console import Console
 from rich.table import Table
 
-from gguf_tools import quants
 from gguf_tools.activations import NATIVE
 from gguf_tools.reader import GGUFFile
 from powerinfer_ext import cache_simulator
 from powerinfer_ext.errors import PowerInferError
+from powerinfer_ext.graph import Handler, Watcher
 from powerinfer_ext.hook import sparse_loading
 from powerinfer_ext.loader import Options
 
@@ -151,38 +150,6 @@ class Trace:
 # ---- recording ---------------------------------------------------------------------------------------------
 
 
-class _Tensor(ctypes.Structure):
-    """The beginning of struct ggml_tensor (ggml.h); `_values` checks it against ggml's own functions."""
-
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-    ]
-
-
-_DTYPES = {0: np.float32, 26: np.int32}
-
-
-def _values(ggml: ctypes.CDLL, tensor: int) -> np.ndarray:
-    """A copy of a tensor in host memory, axes in numpy's order, leading axes of one dropped."""
-    head = _Tensor.from_address(tensor)
-    shape, strides = list(head.ne)[::-1], list(head.nb)[::-1]
-    if head.type not in _DTYPES or int(np.prod(shape)) != ggml.ggml_nelements(tensor):
-        raise PowerInferError(
-            "llama.cpp's tensors are not laid out as expected; run powerinfer doctor to see whether the "
-            "installed llama-cpp-python is supported"
-        )
-    dtype = np.dtype(_DTYPES[head.type])
-    span = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + dtype.itemsize
-    memory = (ctypes.c_char * span).from_address(ggml.ggml_get_data(tensor))
-    array = np.ndarray(shape, dtype, memory, strides=strides)
-    while array.ndim > 2 and array.shape[0] == 1:
-        array = array[0]
-    return array.copy()
-
-
 @dataclass
 class _Recorder:
     """The evaluation callback: asks for the nodes it knows and packs what they hold."""
@@ -191,42 +158,26 @@ class _Recorder:
     bits: dict[str, list[np.ndarray]] = field(default_factory=dict)
     experts: dict[str, list[np.ndarray]] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
-    error: BaseException | None = None
 
     def __post_init__(self) -> None:
-        self.ggml = quants.library()
-        self.ggml.ggml_get_name.restype = ctypes.c_char_p
-        self.ggml.ggml_get_name.argtypes = [ctypes.c_void_p]
-        self.ggml.ggml_get_data.restype = ctypes.c_void_p
-        self.ggml.ggml_get_data.argtypes = [ctypes.c_void_p]
-        self.ggml.ggml_nelements.restype = ctypes.c_int64
-        self.ggml.ggml_nelements.argtypes = [ctypes.c_void_p]
         self.mixtures: set[str] = set()
-        self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._call)
+        self.watcher = Watcher(self._wanted)
 
-    def _call(self, tensor: int, ask: bool, user_data: Any) -> bool:
-        try:
-            return self._see(self.ggml.ggml_get_name(tensor).decode(), tensor, ask)
-        except BaseException as error:  # it cannot travel through C; `record` raises it
-            self.error = error
-            return False
-
-    def _see(self, name: str, tensor: int, ask: bool) -> bool:
+    def _wanted(self, name: str) -> Handler | None:
         if routed := _ROUTED.match(name):
-            self.mixtures.add(routed[1])
-            if not ask:
-                self.experts.setdefault(routed[1], []).append(_values(self.ggml, tensor).astype(np.int16))
-            return True
+            unit = routed[1]
+            self.mixtures.add(unit)
+            return lambda values: self.experts.setdefault(unit, []).append(values.astype(np.int16))
         match = _MIXTURE.match(name) or _DENSE.match(name)
         if match is None or not self.neurons:
-            return not ask
-        if not ask:
-            values = _values(self.ggml, tensor)
-            # In a mixture's layer a dense FFN is the shared expert.
-            unit = match[2] + (".shared" if match.re is _DENSE and match[2] in self.mixtures else "")
-            self.widths[unit] = values.shape[-1]
-            self.bits.setdefault(unit, []).append(np.packbits(values != 0, axis=-1))
-        return True
+            return None
+        # In a mixture's layer a dense FFN is the shared expert.
+        unit = match[2] + (".shared" if match.re is _DENSE and match[2] in self.mixtures else "")
+        return lambda values: self._fired(unit, values)
+
+    def _fired(self, unit: str, values: np.ndarray) -> None:
+        self.widths[unit] = values.shape[-1]
+        self.bits.setdefault(unit, []).append(np.packbits(values != 0, axis=-1))
 
     def layers(self, n_expert: int) -> list[Layer]:
         """All that was seen, in the order of the layers."""
@@ -287,11 +238,8 @@ def record(
                 batch.set_batch(piece[at : at + _BATCH], n_past=at, logits_all=True)
                 try:
                     context.decode(batch)
-                except RuntimeError:
-                    if recorder.error is None:
-                        raise
-                if recorder.error is not None:
-                    raise recorder.error
+                finally:
+                    recorder.watcher.check()
                 done += len(piece[at : at + _BATCH])
                 if progress:
                     progress(done, len(ids))
@@ -332,7 +280,7 @@ def _open(
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx, settings.n_batch, settings.n_ubatch = window, _BATCH, _BATCH
     settings.n_threads = settings.n_threads_batch = threads
-    settings.cb_eval = recorder.callback
+    settings.cb_eval = recorder.watcher.callback
     context = internals.LlamaContext(model=llama, params=settings, verbose=False)
     stack.enter_context(contextlib.closing(context))
     batch = internals.LlamaBatch(n_tokens=_BATCH, embd=0, n_seq_max=1, verbose=False)
