@@ -221,6 +221,8 @@ class GatedModel:
                 step()
         finally:
             self._record = None
+        if unseen := [layer for layer in self.layers if not gates[layer]]:
+            raise PowerInferError(f"{self.path}: llama.cpp's graph shows no gate of layers {unseen} that we know")
         return {
             layer: LayerStatistics(np.concatenate(gates[layer]), (ups[layer] / total).astype(np.float32))
             for layer in self.layers

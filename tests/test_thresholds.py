@@ -12,9 +12,10 @@ import pytest
 from tiny_models import make
 from typer.testing import CliRunner
 
-from gguf_tools import SparseGGUF, convert
+from gguf_tools import FormatError, SparseGGUF, convert
 from gguf_tools.convert import Calibrated, Calibration
 from powerinfer_ext import Llama, PowerInferError
+from powerinfer_ext.calibrate import calibrate
 from powerinfer_ext.cli import app
 from powerinfer_ext.models import find
 from powerinfer_ext.reference import Reference
@@ -26,6 +27,7 @@ from powerinfer_ext.thresholds import (
     chess,
     find_thresholds,
     measure,
+    profiled,
     texts,
 )
 
@@ -144,7 +146,7 @@ def test_chess_is_better_than_cats_on_the_bundled_model():
     with GatedModel(str(find("llama-swiglu").path), window=256) as model:
         tuner = Tuner(model, model.record(model.windows(calibration, 512)), model.windows(tuning, 512))
         tuner.weigh(0.5)
-        judged = [(part, model.logits(part)) for part in model.windows(heldout, 1024)]
+        judged = [(part, model.logits(part)) for part in model.windows(heldout, 768)]
         for density in (0.3, 0.65):  # at every density; and a third is skipped for far less than 1 % of perplexity
             one = measure(model, cats(tuner.statistics, density), judged)
             two = measure(model, tuner.best("chess", density)[0], judged)
@@ -175,6 +177,23 @@ def test_text_of_ones_own(swiglu):
     _, report = find_thresholds(str(swiglu), "cats", density=0.5, text=RANDOM_TEXT, tokens=512, window=256)
     assert report.cost.density == pytest.approx(0.5, abs=0.05)
     assert json.loads(json.dumps(report.to_dict()))["kind"] == "cats"
+
+
+def test_a_profile_saves_reading(tmp_path, swiglu):
+    """The statistics are the profile's: the same thresholds, but for the tokens that happen to be sampled."""
+    (tmp_path / "text.txt").write_text(RANDOM_TEXT)
+    profile = calibrate(str(swiglu), [tmp_path / "text.txt"], tmp_path / "profile", tokens=1024)
+    with GatedModel(str(swiglu), window=256) as model:
+        seen = profiled(str(swiglu), profile, model.layers)
+        recorded = model.record(model.windows(RANDOM_TEXT, 1024))
+    for layer, t in chess(seen, 0.5).items():
+        assert np.allclose(t, chess(recorded, 0.5)[layer], rtol=0.3)
+    asked = dict(density=0.5, text=RANDOM_TEXT, tokens=256, profile=profile)
+    _, report = find_thresholds(str(swiglu), "chess", **asked)
+    assert report.cost.density == pytest.approx(0.5, abs=0.05)
+    other = make(tmp_path / "other.gguf", "llama", seed=1)
+    with pytest.raises(FormatError, match="profile of another model"):
+        find_thresholds(str(other), "chess", **asked)
 
 
 # ---- in files ----------------------------------------------------------------------------------------------
