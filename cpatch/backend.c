@@ -18,7 +18,7 @@ struct backend_context {
     int n_threads;
     ggml_abort_callback abort;
     void *abort_data;
-    const struct ggml_tensor *glu; /* the last GLU computed here; guards against activations computed elsewhere */
+    const struct ggml_tensor *activated; /* the last activation computed here; guards against any computed elsewhere */
     struct ffn_scratch inputs, work;
 };
 
@@ -33,26 +33,46 @@ static bool is_mul_mat(const struct ggml_tensor *t) {
     return t->op == ggml.op_mul_mat || t->op == ggml.op_mul_mat_id;
 }
 
+static bool is_f32_rows(const struct ggml_tensor *t) {
+    return t->type == ABI_TYPE_F32 && t->nb[0] == sizeof(float);
+}
+
+/* relu, or the square that makes it a squared relu. */
+static bool is_ungated_activation(const struct ggml_tensor *t) {
+    return t->op == ggml.op_sqr || (t->op == ggml.op_unary && t->op_params[0] == ggml.unary_relu);
+}
+
 /* The weight of ours that a product multiplies with, or NULL. */
 static const struct pi_weight *weight_of(const struct ggml_tensor *t) {
     return is_mul_mat(t) && buffer_is_ours(t->src[0]->buffer) ? buffer_weight(t->src[0]) : NULL;
 }
 
-/* Follows a tensor back to the up product it was made from, through what LoRA, biases and views put in between. */
-static const struct pi_weight *up_behind(const struct ggml_tensor *t) {
+/* Follows a tensor back to the product of ours it was made from, through what LoRA, biases and views put in between. */
+static const struct pi_weight *product_behind(const struct ggml_tensor *t) {
     for (int hops = 0; t != NULL && hops < 8; hops++) {
         const struct pi_weight *w = weight_of(t);
-        if (w != NULL) return w->role == PI_ROLE_UP ? w : NULL;
+        if (w != NULL) return w;
         if (!is_noop(t) && t->op != ggml.op_add && t->op != ggml.op_add_id && t->op != ggml.op_scale &&
-            t->op != ggml.op_mul)
+            t->op != ggml.op_mul && !is_ungated_activation(t))
             return NULL;
         t = t->src[0];
     }
     return NULL;
 }
 
-static bool is_f32_rows(const struct ggml_tensor *t) {
-    return t->type == ABI_TYPE_F32 && t->nb[0] == sizeof(float);
+/* The gated layer whose activation this GLU is, if it is ours to compute; else NULL. */
+static const struct pi_layer *glu_layer(const struct ggml_tensor *t) {
+    if (t->op != ggml.op_glu || t->src[1] == NULL || !is_f32_rows(t->src[0]) || !is_f32_rows(t->src[1]) || !is_f32_rows(t))
+        return NULL;
+    const struct pi_weight *up = product_behind(t->src[1]);
+    return up != NULL && up->role == PI_ROLE_UP && up->layer->spec.gated && pi_activates(up->layer) ? up->layer : NULL;
+}
+
+/* The ungated layer whose up product this relu or square comes from, if that product is ours; else NULL. */
+static const struct pi_layer *ungated_layer(const struct ggml_tensor *t) {
+    if (!is_ungated_activation(t) || !is_f32_rows(t->src[0]) || !is_f32_rows(t)) return NULL;
+    const struct pi_weight *up = product_behind(t->src[0]);
+    return up != NULL && up->role == PI_ROLE_UP && !up->layer->spec.gated ? up->layer : NULL;
 }
 
 static bool supports_product(const struct ggml_tensor *op) {
@@ -69,12 +89,7 @@ static bool supports_op(ggml_backend_dev_t dev, const struct ggml_tensor *op) {
     (void)dev;
     if (is_noop(op)) return buffer_is_ours(op->view_src != NULL ? op->view_src->buffer : op->buffer);
     if (is_mul_mat(op)) return supports_product(op);
-    if (op->op == ggml.op_glu && op->src[1] != NULL && is_f32_rows(op->src[0]) && is_f32_rows(op->src[1]) &&
-        is_f32_rows(op)) {
-        const struct pi_weight *up = up_behind(op->src[1]);
-        return up != NULL && up->layer->model->activation != PI_ACT_NATIVE;
-    }
-    return false;
+    return glu_layer(op) != NULL || ungated_layer(op) != NULL;
 }
 
 /* ---- executing ------------------------------------------------------------------------------------------------ */
@@ -120,16 +135,17 @@ struct node_memory {
     struct product_row *rows;
     struct ffn_row *ffn;
     struct ffn_product *products;
-    uint8_t *xq; /* the rows of src1 in the type that vec_dot wants */
+    uint8_t *xq; /* the rows of src1 in the type that dot products want; only for dense products */
     size_t xq_row;
 };
 
+/* weight_type: -1 when src1 need not be rounded here. */
 static bool node_memory_reserve(struct backend_context *c, const struct ggml_tensor *node, int weight_type,
                                 struct node_memory *m) {
     const size_t n = (size_t)(node->ne[1] * node->ne[2]);
     const size_t n_x = (size_t)(node->src[1]->ne[1] * node->src[1]->ne[2]);
     const int64_t n_in = node->src[1]->ne[0];
-    m->xq_row = weight_type < 0 ? 0 : abi_row_size(ggml.ggml_get_type_traits_cpu(weight_type)->vec_dot_type, n_in);
+    m->xq_row = weight_type < 0 ? 0 : abi_row_size(kernel_input_type(weight_type), n_in);
     if (weight_type >= 0 && m->xq_row == 0) return false;
     m->xq_row = (m->xq_row + 63) & ~(size_t)63;
     uint8_t *p = ffn_scratch_reserve(&c->inputs, n_x * m->xq_row + n * (sizeof *m->rows + sizeof *m->ffn +
@@ -147,7 +163,7 @@ static bool node_memory_reserve(struct backend_context *c, const struct ggml_ten
 
 static void quantize_inputs(const struct backend_context *c, const struct ggml_tensor *x, int weight_type,
                             const struct node_memory *m) {
-    const int type = ggml.ggml_get_type_traits_cpu(weight_type)->vec_dot_type;
+    const int type = kernel_input_type(weight_type);
     const int64_t n1 = x->ne[1], n = n1 * x->ne[2];
 #pragma omp parallel for num_threads(c->n_threads) if (n > 1)
     for (int64_t r = 0; r < n; r++) {
@@ -159,68 +175,121 @@ static const void *input_of(const struct ggml_tensor *node, const struct node_me
     return m->xq + (size_t)(r->x2 * node->src[1]->ne[1] + r->x1) * m->xq_row;
 }
 
-/* A product with all rows of an up segment or of an ordinary tensor. */
+static int status_of(enum ffn_result result) {
+    return result == FFN_OK          ? ABI_STATUS_SUCCESS
+           : result == FFN_NO_MEMORY ? ABI_STATUS_ALLOC_FAILED
+                                     : ABI_STATUS_FAILED;
+}
+
+/* A dense product with a segment of a layer whose bundles are streamed: neuron by neuron, each read once. */
+struct streamed_product {
+    const struct pi_layer *layer;
+    int64_t offset;
+    int type;
+    const struct product_row *rows;
+    const struct ffn_product *products;
+    int64_t n;
+};
+
+static void streamed_neuron(int64_t unit, void *context) {
+    const struct streamed_product *p = context;
+    const struct pi_layer_spec *spec = &p->layer->spec;
+    const int expert = (int)(unit / spec->n_ff);
+    const uint8_t *row = pi_bundle(p->layer, expert, unit % spec->n_ff) + p->offset;
+    for (int64_t r = 0; r < p->n; r++) {
+        if (p->rows[r].expert != expert) continue;
+        kernel_dots(p->type, spec->n_embd, &row, 1, p->products[r].xq, p->products[r].out + unit % spec->n_ff);
+    }
+}
+
+/* A product with all rows of a gate or up segment or of an ordinary tensor. */
 static int compute_dense(struct backend_context *c, struct ggml_tensor *node, const struct pi_weight *w) {
     const struct ggml_tensor *src0 = node->src[0];
-    const struct pi_layer_spec *spec = w->role == PI_ROLE_UP ? &w->layer->spec : NULL;
-    const uint8_t *base = spec != NULL ? w->layer->data + spec->up_offset : src0->data;
-    const size_t stride = spec != NULL ? (size_t)spec->stride : src0->nb[1];
-    const size_t expert_stride = spec != NULL ? stride * (size_t)spec->n_ff : src0->nb[2];
+    const struct pi_layer *layer = w->layer; /* NULL: an ordinary tensor */
+    const int64_t offset = layer == NULL ? 0 : w->role == PI_ROLE_GATE ? layer->spec.gate_offset : layer->spec.up_offset;
+    const uint8_t *base = layer == NULL ? src0->data : layer->data;
+    const size_t stride = layer != NULL ? (size_t)layer->spec.stride : src0->nb[1];
+    const size_t expert_stride = layer != NULL ? stride * (size_t)layer->spec.n_ff : src0->nb[2];
     struct node_memory m;
     if (!node_memory_reserve(c, node, src0->type, &m)) return ABI_STATUS_ALLOC_FAILED;
     const int64_t n = product_rows(node, m.rows);
     if (n < 0) return ABI_STATUS_FAILED;
     quantize_inputs(c, node->src[1], src0->type, &m);
     for (int64_t r = 0; r < n; r++) {
-        m.products[r] = (struct ffn_product){base + (size_t)m.rows[r].expert * expert_stride,
-                                             input_of(node, &m, &m.rows[r]), row_at(node, m.rows[r].i1, m.rows[r].i2)};
+        const struct product_row *row = &m.rows[r];
+        m.products[r] = (struct ffn_product){
+            .weights = base == NULL ? NULL : base + (size_t)row->expert * expert_stride + offset,
+            .xq = input_of(node, &m, row),
+            .out = row_at(node, row->i1, row->i2)};
+    }
+    if (layer != NULL && layer->store != NULL) {
+        struct streamed_product p = {layer, offset, src0->type, m.rows, m.products, n};
+        return status_of(ffn_each_bundle(layer, streamed_neuron, &p));
     }
     ffn_dense(m.products, (int)n, src0->type, src0->ne[0], src0->ne[1], stride, c->n_threads);
     return ABI_STATUS_SUCCESS;
 }
 
-/* The sparse path. With glu: up, glu and down of one layer at once; without: only down, whose input holds zeros. */
-static int compute_sparse(struct backend_context *c, struct ggml_tensor *up, struct ggml_tensor *glu,
-                          struct ggml_tensor *down, const struct pi_weight *w) {
+/* The nodes of one layer that are computed at once. */
+struct fused {
+    struct ggml_tensor *gate; /* the product with gate, only where a predictor selects */
+    struct ggml_tensor *up;   /* NULL: only down is ours */
+    struct ggml_tensor *act;  /* what makes the activation from them: GLU, or the last of relu and square */
+    struct ggml_tensor *down;
+};
+
+/* The sparse path. With only down: its input is an activation that was computed before, and selects. */
+static int compute_sparse(struct backend_context *c, const struct fused *f, const struct pi_weight *w) {
     const uint64_t start = now_ns();
     struct pi_layer *layer = w->layer;
-    const bool fused = glu != NULL;
-    const struct ggml_tensor *first = fused ? up : down;
+    const struct ggml_tensor *first = f->up != NULL ? f->up : f->down;
+    const bool predicts = layer->spec.predictor != PI_PREDICT_NONE;
     struct node_memory m;
-    if (!node_memory_reserve(c, first, fused ? layer->spec.up_type : -1, &m)) return ABI_STATUS_ALLOC_FAILED;
+    if (!node_memory_reserve(c, first, -1, &m)) return ABI_STATUS_ALLOC_FAILED;
     const int64_t n = product_rows(first, m.rows);
     if (n < 0) return ABI_STATUS_FAILED;
-    if (fused) quantize_inputs(c, up->src[1], layer->spec.up_type, &m);
     for (int64_t r = 0; r < n; r++) {
         const struct product_row *p = &m.rows[r];
         m.ffn[r] = (struct ffn_row){
             .expert = p->expert,
-            .xq = fused ? input_of(up, &m, p) : NULL,
-            .g = fused ? row_at(glu->src[0], p->i1, p->i2) : row_at(down->src[1], p->x1, p->x2),
-            .h = fused ? row_at(glu, p->i1, p->i2) : NULL,
-            .out = row_at(down, p->i1, p->i2),
+            .x = f->up != NULL ? row_at(f->up->src[1], p->x1, p->x2) : NULL,
+            .g = f->up == NULL ? row_at(f->down->src[1], p->x1, p->x2)
+                 : predicts    ? NULL
+                               : row_at(f->act->src[0], p->i1, p->i2),
+            .h = f->up != NULL ? row_at(f->act, p->i1, p->i2) : NULL,
+            .out = row_at(f->down, p->i1, p->i2),
         };
     }
-    const int64_t n_tokens = down->op == ggml.op_mul_mat_id ? down->ne[2] : n;
+    const int64_t n_tokens = f->down->op == ggml.op_mul_mat_id ? f->down->ne[2] : n;
     struct pi_counters *counters = &layer->counters[n_tokens > 1];
     const bool dense = atomic_load_explicit(&layer->model->dense, memory_order_relaxed);
-    if (ffn_sparse(layer, m.ffn, (int)n, dense, c->n_threads, &c->work, counters) != 0) return ABI_STATUS_ALLOC_FAILED;
+    const int status = status_of(ffn_sparse(layer, m.ffn, (int)n, dense, c->n_threads, &c->work, counters));
     counters->ns += now_ns() - start;
-    return ABI_STATUS_SUCCESS;
+    return status;
 }
 
-static int compute_glu(struct ggml_tensor *node) {
-    const struct pi_weight *up = up_behind(node->src[1]);
-    if (up == NULL) return ABI_STATUS_FAILED;
+/* A node's rows, one after the other: dst = activation of src[0] and, unless it is NULL, src[1]. */
+static void activate_rows(enum pi_activation activation, struct ggml_tensor *node, const struct ggml_tensor *g,
+                          const struct ggml_tensor *u) {
     for (int64_t i3 = 0; i3 < node->ne[3]; i3++) {
         for (int64_t i2 = 0; i2 < node->ne[2]; i2++) {
             for (int64_t i1 = 0; i1 < node->ne[1]; i1++) {
-                ffn_activate(up->layer->model->activation, node->ne[0],
-                             (float *)((char *)row_at(node->src[0], i1, i2) + (size_t)i3 * node->src[0]->nb[3]),
-                             (float *)((char *)row_at(node->src[1], i1, i2) + (size_t)i3 * node->src[1]->nb[3]),
+                ffn_activate(activation, node->ne[0], (float *)((char *)row_at(g, i1, i2) + (size_t)i3 * g->nb[3]),
+                             u == NULL ? NULL : (float *)((char *)row_at(u, i1, i2) + (size_t)i3 * u->nb[3]),
                              (float *)((char *)row_at(node, i1, i2) + (size_t)i3 * node->nb[3]));
             }
         }
+    }
+}
+
+/* An activation whose graph did not match. Of relu followed by a square each does its part; the square of what is not
+ * negative is a squared relu. */
+static int compute_activation(struct ggml_tensor *node) {
+    const struct pi_layer *layer = glu_layer(node);
+    if (layer != NULL) {
+        activate_rows(layer->model->activation, node, node->src[0], node->src[1]);
+    } else {
+        activate_rows(node->op == ggml.op_sqr ? PI_ACT_RELU2 : PI_ACT_RELU, node, node->src[0], NULL);
     }
     return ABI_STATUS_SUCCESS;
 }
@@ -235,43 +304,73 @@ static struct ggml_tensor *next_node(struct ggml_cgraph *graph, int *i) {
     return NULL;
 }
 
-/* Whether the nodes after `up` are the GLU and the down product of the same layer, straight from one another. */
-static bool matches_fused(const struct ggml_tensor *up, const struct pi_weight *w, const struct ggml_tensor *glu,
-                          const struct ggml_tensor *down) {
-    if (glu == NULL || down == NULL || glu->op != ggml.op_glu || glu->src[1] != up || down->src[1] != glu) return false;
-    const struct pi_weight *d = weight_of(down);
-    return d != NULL && d->role == PI_ROLE_DOWN && d->layer == w->layer && up->op == down->op &&
-           up->src[2] == down->src[2] && supports_op(NULL, glu);
+static bool is_product_of(const struct ggml_tensor *t, const struct pi_layer *layer, enum pi_role role) {
+    const struct pi_weight *w = t == NULL ? NULL : weight_of(t);
+    return w != NULL && w->layer == layer && w->role == role;
+}
+
+/* Whether the nodes from `first` on, a product with a gate or up of ours, are exactly one FFN of its layer, each straight
+ * from the one before. Fills f and moves *i to the last of them. */
+static bool match(struct ggml_cgraph *graph, int *i, struct ggml_tensor *first, const struct pi_layer *layer,
+                  struct fused *f) {
+    int ahead = *i;
+    *f = (struct fused){0};
+    struct ggml_tensor *node = first;
+    for (int k = 0; k < 2 && node != NULL; k++) { /* gate and up, in either order */
+        if (f->gate == NULL && is_product_of(node, layer, PI_ROLE_GATE)) f->gate = node;
+        else if (f->up == NULL && is_product_of(node, layer, PI_ROLE_UP)) f->up = node;
+        else break;
+        node = next_node(graph, &ahead);
+    }
+    if (node == NULL || f->up == NULL || (layer->spec.gate_name != NULL) != (f->gate != NULL)) return false;
+    if (layer->spec.gated) {
+        if (glu_layer(node) != layer || node->src[1] != f->up) return false;
+        if (f->gate != NULL && (node->src[0] != f->gate || f->gate->src[1] != f->up->src[1])) return false;
+        f->act = node;
+    } else {
+        const bool squared = layer->model->activation == PI_ACT_RELU2;
+        if (node->op != ggml.op_unary || !is_ungated_activation(node) || node->src[0] != f->up) return false;
+        struct ggml_tensor *square = squared ? next_node(graph, &ahead) : node;
+        if (square == NULL || (squared && (square->op != ggml.op_sqr || square->src[0] != node))) return false;
+        f->act = square;
+    }
+    f->down = next_node(graph, &ahead);
+    if (!is_product_of(f->down, layer, PI_ROLE_DOWN) || f->down->src[1] != f->act || f->up->op != f->down->op ||
+        f->up->src[2] != f->down->src[2])
+        return false;
+    *i = ahead;
+    return true;
+}
+
+static int compute_product(struct backend_context *c, struct ggml_cgraph *graph, int *i, struct ggml_tensor *node,
+                           const struct pi_weight *w) {
+    struct fused f;
+    switch (w->role) {
+    case PI_ROLE_GATE:
+    case PI_ROLE_UP: return match(graph, i, node, w->layer, &f) ? compute_sparse(c, &f, w) : compute_dense(c, node, w);
+    case PI_ROLE_DOWN:
+        /* A gated layer with an activation of its own must have got it from us: stock's graph may well say SwiGLU where
+         * the model is dReLU. Better no answer than a wrong one. */
+        if (w->layer->spec.gated && pi_activates(w->layer) && node->src[1] != c->activated) return ABI_STATUS_FAILED;
+        c->activated = NULL; /* addresses are reused from graph to graph */
+        f = (struct fused){.down = node};
+        return compute_sparse(c, &f, w);
+    default: return compute_dense(c, node, w);
+    }
 }
 
 static int graph_compute(ggml_backend_t backend, struct ggml_cgraph *graph) {
     struct backend_context *c = backend->context;
     int i = -1;
     for (struct ggml_tensor *node; (node = next_node(graph, &i)) != NULL;) {
-        int status;
+        int status = ABI_STATUS_FAILED;
         if (c->abort != NULL && c->abort(c->abort_data)) return ABI_STATUS_ABORTED;
-        if (node->op == ggml.op_glu) {
-            status = compute_glu(node);
-            c->glu = node;
-        } else {
-            const struct pi_weight *w = weight_of(node);
-            if (w == NULL) return ABI_STATUS_FAILED;
-            int ahead = i;
-            struct ggml_tensor *glu = w->role == PI_ROLE_UP ? next_node(graph, &ahead) : NULL;
-            struct ggml_tensor *down = glu != NULL ? next_node(graph, &ahead) : NULL;
-            if (w->role == PI_ROLE_UP && matches_fused(node, w, glu, down)) {
-                status = compute_sparse(c, node, glu, down, w);
-                i = ahead;
-            } else if (w->role == PI_ROLE_DOWN) {
-                /* A gated layer with an activation of its own must have got it from us: stock's graph may well
-                 * say SwiGLU where the model is dReLU. Better no answer than a wrong one. */
-                const bool ours = w->layer->spec.up_name != NULL && w->layer->model->activation != PI_ACT_NATIVE;
-                if (ours && node->src[1] != c->glu) return ABI_STATUS_FAILED;
-                c->glu = NULL; /* addresses are reused from graph to graph */
-                status = compute_sparse(c, NULL, NULL, node, w);
-            } else {
-                status = compute_dense(c, node, w);
-            }
+        const struct pi_weight *w = weight_of(node);
+        if (w != NULL) {
+            status = compute_product(c, graph, &i, node, w);
+        } else if (supports_op(NULL, node)) {
+            status = compute_activation(node);
+            c->activated = node;
         }
         if (status != ABI_STATUS_SUCCESS) return status;
     }

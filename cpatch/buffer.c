@@ -60,10 +60,11 @@ static int buffer_init_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *
     t->extra = w;
     if (w == NULL) return ABI_STATUS_SUCCESS;
     const struct pi_layer_spec *spec = &w->layer->spec;
-    const bool up = w->role == PI_ROLE_UP;
+    const bool down = w->role == PI_ROLE_DOWN;
+    const int type = w->role == PI_ROLE_GATE ? spec->gate_type : down ? spec->down_source_type : spec->up_type;
     const int64_t experts = spec->n_expert == 0 ? 1 : spec->n_expert;
-    const bool fits = t->type == (up ? spec->up_type : spec->down_source_type) &&
-                      t->ne[0] == (up ? spec->n_embd : spec->n_ff) && t->ne[1] == (up ? spec->n_ff : spec->n_embd) &&
+    const bool fits = t->type == type && t->ne[0] == (down ? spec->n_ff : spec->n_embd) &&
+                      t->ne[1] == (down ? spec->n_embd : spec->n_ff) &&
                       t->ne[2] == experts && t->ne[3] == 1;
     return fits ? ABI_STATUS_SUCCESS : ABI_STATUS_FAILED;
 }
@@ -80,40 +81,51 @@ static void buffer_set_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *
     if (buffer_weight(t)->role == PI_ROLE_PLAIN) memcpy((char *)t->data + offset, data, size);
 }
 
-/* Rebuilds ffn_down as llama.cpp was shown it: back from columns to rows, into the source's type. */
-static int rebuild_down(const struct pi_layer *layer, uint8_t *dst) {
-    const struct pi_layer_spec *spec = &layer->spec;
-    const int64_t n_embd = spec->n_embd, n_ff = spec->n_ff, experts = spec->n_expert == 0 ? 1 : spec->n_expert;
-    const size_t row = abi_row_size(spec->down_source_type, n_ff);
-    if (ggml.ggml_quantize_requires_imatrix(spec->down_source_type)) return -1;
-    float *matrix = malloc((size_t)n_embd * (size_t)n_ff * sizeof(float));
-    float *column = malloc((size_t)n_embd * sizeof(float));
-    if (matrix == NULL || column == NULL) {
-        free(matrix);
-        free(column);
-        return -1;
+/* Where rebuilt rows go, and from which layer they come. */
+struct rebuild {
+    const struct pi_layer *layer;
+    enum pi_role role;
+    float *matrix, *column; /* down only: [n_expert][n_embd][n_ff], one column */
+    uint8_t *rows;          /* gate, up */
+};
+
+static void rebuild_neuron(int64_t unit, void *context) {
+    const struct rebuild *to = context;
+    const struct pi_layer_spec *spec = &to->layer->spec;
+    const int64_t expert = unit / spec->n_ff, j = unit % spec->n_ff;
+    if (to->role == PI_ROLE_DOWN) {
+        ffn_column(to->layer, (int)expert, j, to->column);
+        float *matrix = to->matrix + expert * spec->n_embd * spec->n_ff;
+        for (int64_t i = 0; i < spec->n_embd; i++) matrix[i * spec->n_ff + j] = to->column[i];
+    } else {
+        const bool gate = to->role == PI_ROLE_GATE;
+        const size_t row = abi_row_size(gate ? spec->gate_type : spec->up_type, spec->n_embd);
+        memcpy(to->rows + (size_t)unit * row,
+               pi_bundle(to->layer, (int)expert, j) + (gate ? spec->gate_offset : spec->up_offset), row);
     }
-    for (int64_t e = 0; e < experts; e++) {
-        for (int64_t j = 0; j < n_ff; j++) {
-            ffn_column(layer, (int)e, j, column);
-            for (int64_t i = 0; i < n_embd; i++) matrix[i * n_ff + j] = column[i];
-        }
-        uint8_t *to = dst + (size_t)(e * n_embd) * row;
-        if (spec->down_source_type == ABI_TYPE_F32) memcpy(to, matrix, (size_t)n_embd * row);
-        else ggml.ggml_quantize_chunk(spec->down_source_type, matrix, to, 0, n_embd, n_ff, NULL);
-    }
-    free(matrix);
-    free(column);
-    return 0;
 }
 
-static void rebuild_up(const struct pi_layer *layer, uint8_t *dst) {
-    const struct pi_layer_spec *spec = &layer->spec;
-    const int64_t rows = spec->n_ff * (spec->n_expert == 0 ? 1 : spec->n_expert);
-    const size_t row = abi_row_size(spec->up_type, spec->n_embd);
-    for (int64_t j = 0; j < rows; j++) {
-        memcpy(dst + (size_t)j * row, layer->data + j * spec->stride + spec->up_offset, row);
+/* Rebuilds a matrix as llama.cpp was shown it: down goes back from columns to rows, into the source's type. 0 or -1. */
+static int rebuild(const struct pi_weight *w, uint8_t *dst) {
+    const struct pi_layer_spec *spec = &w->layer->spec;
+    const int64_t rows = spec->n_embd * (spec->n_expert == 0 ? 1 : spec->n_expert);
+    struct rebuild to = {.layer = w->layer, .role = w->role, .rows = dst};
+    int result = -1;
+    if (w->role == PI_ROLE_DOWN) {
+        if (ggml.ggml_quantize_requires_imatrix(spec->down_source_type)) return -1;
+        to.matrix = malloc((size_t)(rows * spec->n_ff) * sizeof(float));
+        to.column = malloc((size_t)spec->n_embd * sizeof(float));
+        if (to.matrix == NULL || to.column == NULL) goto done;
     }
+    if (ffn_each_bundle(w->layer, rebuild_neuron, &to) != FFN_OK) goto done;
+    result = 0;
+    if (w->role != PI_ROLE_DOWN) return result;
+    if (spec->down_source_type == ABI_TYPE_F32) memcpy(dst, to.matrix, (size_t)(rows * spec->n_ff) * sizeof(float));
+    else ggml.ggml_quantize_chunk(spec->down_source_type, to.matrix, dst, 0, rows, spec->n_ff, NULL);
+done:
+    free(to.matrix);
+    free(to.column);
+    return result;
 }
 
 /* Rarely called (saving a loaded model, copying a weight for an operator we do not know): correct, not fast. */
@@ -128,10 +140,7 @@ static void buffer_get_tensor(ggml_backend_buffer_t buffer, const struct ggml_te
     const size_t whole = ggml.ggml_nbytes(t);
     uint8_t *copy = offset == 0 && size == whole ? data : malloc(whole);
     int failed = copy == NULL;
-    if (!failed) {
-        if (w->role == PI_ROLE_UP) rebuild_up(w->layer, copy);
-        else failed = rebuild_down(w->layer, copy);
-    }
+    if (!failed) failed = rebuild(w, copy);
     if (failed) {
         memset(data, 0xff, size); /* the interface has no way to fail; NaNs at least are not mistaken for weights */
     } else if (copy != data) {

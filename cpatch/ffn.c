@@ -4,22 +4,26 @@
 
 #include "kernels.h"
 
+#include <math.h>
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum {
-    CHUNK = 8, /* neurons a thread takes at a time: small, because hot neurons lie together */
-    TILE = 256 /* neurons scanned at a time */
+    CHUNK = 8,         /* neurons a thread takes at a time: small, because hot neurons lie together */
+    BATCH = 64,        /* neurons handed to a kernel at once */
+    TILE = 256,        /* neurons scanned at a time */
+    STREAM_ROWS = 256, /* rows computed together when bundles are streamed: each is then read once for all of them */
+    MAX_INPUTS = 3     /* types that x is rounded to: for gate, up and the predictor */
 };
 
 /* Rows of one expert that are computed together, and the neurons that at least one of them wants. Each thread scans
  * its own range of neurons and lists what it found from the start of that range on; found[t] says how many. */
 struct block {
     struct ffn_row *rows;
+    int first;      /* index of the first row in the set: in accumulators, work.wanted, work.rounded */
     int n_rows;
-    int acc_row; /* index of the first row in the accumulators and in work.rounded */
-    int32_t *list; /* [n_ff] */
+    int32_t *list;  /* [n_ff] */
     int32_t *found; /* [n_threads] */
 };
 
@@ -27,15 +31,40 @@ struct tally {
     uint64_t selected, fired, touched;
 };
 
-/* Scratch memory of one set of blocks, shared by the threads. */
+/* An evaluation: what all threads share. */
 struct work {
-    int n_rows;         /* rows of accumulators per thread */
-    float *acc;         /* [threads][n_rows][n_embd] */
-    float *tmp;         /* [threads][n_embd] one dequantised column */
-    float *rounded;     /* [n_rows][n_ff] activations as stock would round them, in the source's order */
-    uint8_t *packed;    /* [threads][packed_size] one row of activations on its way through the rounding type */
+    const struct pi_layer *layer;
+    enum pi_activation activation;
+    bool all;          /* compute every neuron */
+    bool predicts;     /* a predictor selects, and the deciding product is computed here */
+    int round_type;    /* what stock's dot product with down takes; ABI_TYPE_F32: no rounding */
+    int n_threads;
+
+    int n_inputs, input_type[MAX_INPUTS]; /* x, rounded to the types that are wanted */
+    size_t input_size[MAX_INPUTS];
+    uint8_t *inputs[MAX_INPUTS]; /* [rows][input_size], by ffn_row.input */
+    int gate_input, up_input, pred_input; /* which of the types */
+
+    struct block *blocks; /* of the set that is being computed */
+    int n_blocks, n_rows, set_rows;
+    float *acc;           /* [threads][set_rows][n_embd] */
+    float *tmp;           /* [threads][n_embd] one dequantised column */
+    uint8_t *wanted;      /* [set_rows][n_ff] selected (row, neuron) pairs */
+    float *rounded;       /* [set_rows][n_ff] activations as stock would round them, in the source's order */
+    uint8_t *packed;      /* [threads][packed_size] one row of activations on its way through the rounding type */
     size_t packed_size;
-    int round_type;     /* what stock's dot product with down takes; ABI_TYPE_F32: no rounding */
+    float *z;             /* [set_rows][rank] the predictor's hidden layer, */
+    uint8_t *zq;          /* [set_rows][zq_size] and rounded */
+    size_t zq_size;
+    int32_t *late;        /* [threads][n_ff] neurons whose bundles were not there yet */
+
+    struct store *store;  /* NULL: all bundles are in memory */
+    uint8_t *marks;       /* [n_units] units that some row of the set wants */
+    int32_t *units;       /* the same as a list */
+    int64_t n_units;
+    bool one_wave;        /* everything wanted is in memory at once */
+    int64_t lo, hi, end;  /* the wave: units from lo to hi - 1; where it ends in the list */
+    atomic_int failed;
 };
 
 void *ffn_scratch_reserve(struct ffn_scratch *scratch, size_t size) {
@@ -58,71 +87,36 @@ static size_t round64(size_t size) {
     return (size + 63) & ~(size_t)63;
 }
 
-static inline float activate(enum pi_activation activation, float g, float u) {
-    const float r = g > 0.0f ? g : 0.0f;
+/* ---- activations ---------------------------------------------------------------------------------------------- */
+
+static inline float relu(float v) {
+    return v > 0.0f ? v : 0.0f;
+}
+
+/* act(g), what thresholds are compared with. */
+static inline float activate_gate(enum pi_activation activation, float g) {
     switch (activation) {
-    case PI_ACT_RELU2: return r * r * u;
-    case PI_ACT_DRELU: return r * (u > 0.0f ? u : 0.0f);
-    default: return r * u;
+    case PI_ACT_RELU2: return relu(g) * relu(g);
+    case PI_ACT_SILU: return g / (1.0f + expf(-g));
+    case PI_ACT_GELU: return 0.5f * g * (1.0f + tanhf(0.79788456080286535588f * g * (1.0f + 0.044715f * g * g)));
+    default: return relu(g);
     }
+}
+
+static inline float activate(enum pi_activation activation, float g, float u) {
+    const float a = activate_gate(activation, g);
+    return activation == PI_ACT_DRELU ? a * relu(u) : a * u;
 }
 
 void ffn_activate(enum pi_activation activation, int64_t n, const float *g, const float *u, float *h) {
-    for (int64_t i = 0; i < n; i++) h[i] = activate(activation, g[i], u[i]);
+    for (int64_t i = 0; i < n; i++) h[i] = activate(activation, g[i], u != NULL ? u[i] : 1.0f);
 }
 
-static int by_expert(const void *a, const void *b) {
-    const struct ffn_row *x = a, *y = b;
-    if (x->expert != y->expert) return x->expert < y->expert ? -1 : 1;
-    return x->out < y->out ? -1 : x->out > y->out; /* a fixed order: qsort is not stable */
-}
-
-/* When only down is computed: its input decides, so what is selected has fired. */
-static void count_nonzero(const struct block *block, int32_t begin, int32_t end, struct tally *tally) {
-    for (int r = 0; r < block->n_rows; r++) {
-        uint64_t n = 0;
-        for (int32_t j = begin; j < end; j++) n += block->rows[r].g[j] != 0.0f;
-        tally->selected += n;
-        tally->fired += n;
-    }
-}
-
-/* Lists the neurons of [begin, end) that some row of the block wants, and settles the activations that are zero.
- * In h, g's positive values are kept as they are: compute_up() replaces them, also when h is g. */
-static int32_t scan(const struct block *block, int32_t begin, int32_t end, bool all, int32_t *list) {
-    int32_t n = 0;
-    for (int32_t tile = begin; tile < end; tile += TILE) {
-        const int32_t size = end - tile < TILE ? end - tile : TILE;
-        uint8_t wanted[TILE] = {0};
-        for (int r = 0; r < block->n_rows && !all; r++) {
-            const float *g = block->rows[r].g + tile;
-            float *h = block->rows[r].h;
-            if (h != NULL) {
-                h += tile;
-                for (int32_t j = 0; j < size; j++) {
-                    const float v = g[j];
-                    wanted[j] |= v > 0.0f;
-                    h[j] = v > 0.0f ? v : 0.0f;
-                }
-            } else {
-                for (int32_t j = 0; j < size; j++) wanted[j] |= g[j] != 0.0f;
-            }
-        }
-        for (int32_t j = 0; j < size; j++) {
-            list[n] = tile + j;
-            n += all || wanted[j];
-        }
-    }
-    return n;
-}
-
-static const uint8_t *bundle_of(const struct pi_layer *layer, int expert, int64_t j) {
-    return layer->data + (expert * layer->spec.n_ff + j) * layer->spec.stride;
-}
+/* ---- what belongs to a neuron --------------------------------------------------------------------------------- */
 
 /* The source's number of the neuron stored as j; its rounded activation stands there in a row of work.rounded. */
 static int64_t source_index(const struct pi_layer *layer, int expert, int64_t j) {
-    return layer->order == NULL ? j : layer->order[expert * layer->spec.n_ff + j];
+    return layer->order == NULL ? j : layer->order[pi_unit(layer, expert, j)];
 }
 
 /* The row of scales that neuron j shares with its neighbours in the source; only where down_type is I8. */
@@ -133,160 +127,507 @@ static const uint16_t *scales_of(const struct pi_layer *layer, int expert, int64
 
 void ffn_column(const struct pi_layer *layer, int expert, int64_t j, float *y) {
     const struct pi_layer_spec *spec = &layer->spec;
-    const uint8_t *column = bundle_of(layer, expert, j) + spec->down_offset;
+    const uint8_t *column = pi_bundle(layer, expert, j) + spec->down_offset;
     if (spec->down_type != ABI_TYPE_I8) kernel_dequantize(spec->down_type, spec->n_embd, column, y);
     else kernel_dequantize_scaled(spec->n_embd, (const int8_t *)column, scales_of(layer, expert, j), y);
 }
 
-/* y += a * the column of neuron j. */
-static void add_column(const struct pi_layer *layer, int expert, int64_t j, float a, float *y, float *tmp) {
-    const struct pi_layer_spec *spec = &layer->spec;
-    const uint8_t *column = bundle_of(layer, expert, j) + spec->down_offset;
-    if (spec->down_type != ABI_TYPE_I8) {
-        kernel_axpys(spec->down_type, spec->n_embd, &column, &a, 1, y, tmp);
-    } else {
-        const uint16_t *scales = scales_of(layer, expert, j);
-        kernel_axpys_scaled(spec->n_embd, &column, &scales, &a, 1, y);
+/* The bundle of neuron j, waited for where it is streamed; NULL when its read failed. */
+static const uint8_t *bundle(struct work *w, int expert, int64_t j) {
+    if (w->store != NULL && store_wait(w->store, (uint32_t)pi_unit(w->layer, expert, j)) != 0) {
+        atomic_store_explicit(&w->failed, 1, memory_order_relaxed);
+        return NULL;
+    }
+    return pi_bundle(w->layer, expert, j);
+}
+
+/* ---- selecting ------------------------------------------------------------------------------------------------ */
+
+static const void *input_of(const struct work *w, const struct ffn_row *row, int which) {
+    return w->inputs[which] + (size_t)row->input * w->input_size[which];
+}
+
+/* The predictor's hidden layer: z = relu(A x), or A x, the thread's share of it for every row of the set. */
+static void predict_hidden(struct work *w, int thread) {
+    const struct pi_layer_spec *spec = &w->layer->spec;
+    const size_t row = abi_row_size(spec->pred_a_type, spec->n_embd);
+    const int64_t begin = spec->rank * thread / w->n_threads, end = spec->rank * (thread + 1) / w->n_threads;
+    for (int64_t i = begin; i < end; i += BATCH) {
+        const uint8_t *rows[BATCH];
+        const int n = (int)(end - i < BATCH ? end - i : BATCH);
+        for (int k = 0; k < n; k++) rows[k] = w->layer->pred_a + (size_t)(i + k) * row;
+        for (int r = 0; r < w->n_rows; r++) {
+            float *z = w->z + r * spec->rank + i;
+            kernel_dots(spec->pred_a_type, spec->n_embd, rows, n, input_of(w, &w->blocks[0].rows[r], w->pred_input), z);
+            for (int k = 0; k < n && spec->predictor == PI_PREDICT_LOWRANK; k++) z[k] = relu(z[k]);
+        }
     }
 }
 
-/* The activation of neuron j for all rows of the block that want it. */
-static void compute_up(const struct pi_layer *layer, const struct block *block, int32_t j, bool all,
-                       const struct ggml_type_traits_cpu *up, struct tally *tally) {
-    const uint8_t *row = bundle_of(layer, block->rows[0].expert, j) + layer->spec.up_offset;
-    for (int r = 0; r < block->n_rows; r++) {
-        const float g = block->rows[r].g[j];
-        if (!all && !(g > 0.0f)) continue;
-        float u;
-        up->vec_dot((int)layer->spec.n_embd, &u, 0, row, 0, block->rows[r].xq, 0, 1);
-        const float h = activate(layer->model->activation, g, u);
-        block->rows[r].h[j] = h;
-        tally->selected += g > 0.0f;
+static void round_hidden(struct work *w, int thread) {
+    const struct pi_layer_spec *spec = &w->layer->spec;
+    for (int r = thread; r < w->n_rows; r += w->n_threads) {
+        kernel_round_input(kernel_input_type(spec->pred_b_type), spec->rank, w->z + r * spec->rank,
+                           w->zq + (size_t)r * w->zq_size);
+    }
+}
+
+/* wanted[0..n) = does the predictor select the neurons from j on, for row r of the set (a predicted layer has no experts,
+ * so its rows are in one sequence)? */
+static void predict(const struct work *w, int r, int32_t j, int n, uint8_t *wanted) {
+    const struct pi_layer_spec *spec = &w->layer->spec;
+    const bool lowrank = pi_has_hidden(spec->predictor);
+    const int64_t n_in = lowrank ? spec->rank : spec->n_embd;
+    const size_t row = abi_row_size(spec->pred_b_type, n_in);
+    const void *input = lowrank ? w->zq + (size_t)r * w->zq_size
+                                : input_of(w, &w->blocks[0].rows[r], w->pred_input);
+    const uint8_t *rows[TILE];
+    float scores[TILE];
+    for (int k = 0; k < n; k++) rows[k] = w->layer->pred_b + (size_t)(j + k) * row;
+    kernel_dots(spec->pred_b_type, n_in, rows, n, input, scores);
+    for (int k = 0; k < n; k++) wanted[k] = scores[k] + w->layer->pred_bias[j + k] > 0.0f;
+}
+
+/* Selects for one row among n neurons from j on, and settles the activations that are zero. In h, the deciding products
+ * of the others stay as they are: up replaces them, also when h is g. Returns how many were selected; when all are to be
+ * computed, how many would have been (predicted: up counts them, for no predictor is asked). */
+static uint32_t select_row(const struct work *w, const struct block *block, int r, int32_t j, int n, uint8_t *wanted) {
+    const struct ffn_row *row = &block->rows[r];
+    const float *g = row->g != NULL ? row->g + j : NULL;
+    float *h = row->h != NULL ? row->h + j : NULL;
+    const float *threshold = w->layer->thresholds != NULL ? w->layer->thresholds + pi_unit(w->layer, row->expert, j) : NULL;
+    uint32_t selected = 0;
+    if (w->predicts) {
+        if (w->all) memset(wanted, 0, (size_t)n);
+        else predict(w, block->first + r, j, n, wanted);
+    } else if (h == NULL) {
+        for (int k = 0; k < n; k++) wanted[k] = g[k] != 0.0f;
+    } else if (threshold != NULL) {
+        for (int k = 0; k < n; k++) wanted[k] = fabsf(activate_gate(w->activation, g[k])) >= threshold[k];
+    } else {
+        for (int k = 0; k < n; k++) wanted[k] = g[k] > 0.0f;
+    }
+    for (int k = 0; k < n; k++) selected += wanted[k];
+    if (w->all) memset(wanted, 1, (size_t)n);
+    for (int k = 0; k < n && h != NULL; k++) h[k] = wanted[k] && g != NULL ? g[k] : 0.0f;
+    return selected;
+}
+
+/* Lists the neurons of [begin, end) that some row of the block wants. */
+static int32_t scan(struct work *w, const struct block *block, int32_t begin, int32_t end, struct tally *tally) {
+    int32_t *list = block->list + begin, found = 0;
+    for (int32_t tile = begin; tile < end; tile += TILE) {
+        const int n = end - tile < TILE ? end - tile : TILE;
+        uint8_t some[TILE] = {0};
+        for (int r = 0; r < block->n_rows; r++) {
+            uint8_t *wanted = w->wanted + (int64_t)(block->first + r) * w->layer->spec.n_ff + tile;
+            tally->selected += select_row(w, block, r, tile, n, wanted);
+            for (int k = 0; k < n; k++) some[k] |= wanted[k];
+        }
+        for (int k = 0; k < n; k++) {
+            list[found] = tile + k;
+            found += some[k];
+        }
+    }
+    if (w->marks != NULL) {
+        for (int32_t i = 0; i < found; i++) w->marks[pi_unit(w->layer, block->rows[0].expert, list[i])] = 1;
+    }
+    tally->touched += (uint64_t)found;
+    return found;
+}
+
+/* ---- computing ------------------------------------------------------------------------------------------------ */
+
+/* The deciding product of neurons whose bundles are at rows, for one input, and what is left of the list: in exact mode g
+ * is given (it waits in h); predicted, it is computed, and neurons that do not fire go. Returns how many are left. */
+static int decide(const struct work *w, const struct ffn_row *row, int32_t *neurons, const uint8_t **bundles, int n,
+                  float *g) {
+    const struct pi_layer_spec *spec = &w->layer->spec;
+    if (!w->predicts) {
+        for (int k = 0; k < n; k++) g[k] = row->h[neurons[k]];
+        return n;
+    }
+    const int64_t offset = spec->gated ? spec->gate_offset : spec->up_offset;
+    const uint8_t *rows[BATCH];
+    for (int k = 0; k < n; k++) rows[k] = bundles[k] + offset;
+    kernel_dots(spec->gated ? spec->gate_type : spec->up_type, spec->n_embd, rows, n,
+                input_of(w, row, spec->gated ? w->gate_input : w->up_input), g);
+    int left = 0;
+    for (int k = 0; k < n; k++) {
+        if (!w->all && !(g[k] > 0.0f)) continue;
+        neurons[left] = neurons[k];
+        bundles[left] = bundles[k];
+        g[left++] = g[k];
+    }
+    return left;
+}
+
+/* The activations of n neurons for one row. */
+static void up_batch(const struct work *w, const struct ffn_row *row, const int32_t *batch, int n, struct tally *tally) {
+    const struct pi_layer_spec *spec = &w->layer->spec;
+    const uint8_t *bundles[BATCH], *rows[BATCH];
+    int32_t neurons[BATCH];
+    float g[BATCH], u[BATCH];
+    for (int k = 0; k < n; k++) {
+        neurons[k] = batch[k];
+        bundles[k] = pi_bundle(w->layer, row->expert, batch[k]);
+    }
+    n = decide(w, row, neurons, bundles, n, g);
+    for (int k = 0; k < n && w->all && w->predicts; k++) tally->selected += g[k] > 0.0f;
+    if (spec->gated) {
+        for (int k = 0; k < n; k++) rows[k] = bundles[k] + spec->up_offset;
+        kernel_dots(spec->up_type, spec->n_embd, rows, n, input_of(w, row, w->up_input), u);
+    }
+    for (int k = 0; k < n; k++) {
+        const float h = activate(w->activation, g[k], spec->gated ? u[k] : 1.0f);
+        row->h[neurons[k]] = h;
         tally->fired += h != 0.0f;
     }
 }
 
-/* Adds neuron j's column, times its activation, to the accumulators of the block's rows. */
-static void compute_down(const struct pi_layer *layer, const struct block *block, int32_t j, bool all,
-                         const struct work *w, float *acc, float *tmp) {
-    const int64_t n_embd = layer->spec.n_embd;
+/* The activation that meets the column of neuron j: rounded as stock rounds it, or as it is. */
+static float down_input(const struct work *w, const struct block *block, int r, int32_t j) {
+    const struct ffn_row *row = &block->rows[r];
+    if (w->predicts) return row->h[j];
+    return w->rounded[(int64_t)(block->first + r) * w->layer->spec.n_ff + source_index(w->layer, row->expert, j)];
+}
+
+/* Adds the columns of n neurons, times their activations, to the accumulator of a block's only row. */
+static void down_batch(const struct work *w, const struct block *block, const int32_t *batch, int n, float *y,
+                       float *tmp) {
+    const struct pi_layer_spec *spec = &w->layer->spec;
     const int expert = block->rows[0].expert;
-    const float *h = w->rounded + block->acc_row * layer->spec.n_ff + source_index(layer, expert, j);
-    float *y = acc + block->acc_row * n_embd;
-    if (block->n_rows == 1) {
-        if (*h != 0.0f || all) add_column(layer, expert, j, *h, y, tmp);
-        return;
+    const uint8_t *columns[BATCH];
+    const uint16_t *scales[BATCH];
+    float a[BATCH];
+    int left = 0;
+    for (int k = 0; k < n; k++) {
+        a[left] = down_input(w, block, 0, batch[k]);
+        if (a[left] == 0.0f && !w->all) continue;
+        columns[left] = pi_bundle(w->layer, expert, batch[k]) + spec->down_offset;
+        if (spec->down_type == ABI_TYPE_I8) scales[left] = scales_of(w->layer, expert, batch[k]);
+        left++;
     }
-    float *ys[FFN_BLOCK_ROWS], a[FFN_BLOCK_ROWS];
+    if (spec->down_type == ABI_TYPE_I8) kernel_axpys_scaled(spec->n_embd, columns, scales, a, left, y);
+    else kernel_axpys(spec->down_type, spec->n_embd, columns, a, left, y, tmp);
+}
+
+/* The activations of one neuron for the rows of a block that want it. */
+static void up_neuron(struct work *w, const struct block *block, int32_t j, struct tally *tally) {
+    const struct pi_layer_spec *spec = &w->layer->spec;
+    const uint8_t *own = pi_bundle(w->layer, block->rows[0].expert, j);
+    const void *inputs[FFN_BLOCK_ROWS];
+    const struct ffn_row *rows[FFN_BLOCK_ROWS];
+    float g[FFN_BLOCK_ROWS], u[FFN_BLOCK_ROWS];
     int n = 0;
-    for (int r = 0; r < block->n_rows; r++, h += layer->spec.n_ff, y += n_embd) {
-        if (*h == 0.0f && !all) continue;
-        a[n] = *h;
-        ys[n++] = y;
+    for (int r = 0; r < block->n_rows; r++) {
+        if (!w->wanted[(int64_t)(block->first + r) * spec->n_ff + j]) continue;
+        rows[n++] = &block->rows[r];
     }
-    const uint8_t *column = bundle_of(layer, expert, j) + layer->spec.down_offset;
-    if (n == 0) return;
-    if (layer->spec.down_type != ABI_TYPE_I8) {
-        kernel_axpys_outputs(layer->spec.down_type, n_embd, column, a, ys, n, tmp);
+    if (w->predicts) {
+        const bool gated = spec->gated;
+        for (int i = 0; i < n; i++) inputs[i] = input_of(w, rows[i], gated ? w->gate_input : w->up_input);
+        kernel_dots_inputs(gated ? spec->gate_type : spec->up_type, spec->n_embd,
+                           own + (gated ? spec->gate_offset : spec->up_offset), inputs, n, g);
+        int left = 0;
+        for (int i = 0; i < n; i++) {
+            if (!w->all && !(g[i] > 0.0f)) continue;
+            rows[left] = rows[i];
+            g[left++] = g[i];
+        }
+        n = left;
     } else {
-        kernel_axpys_outputs_scaled(n_embd, column, scales_of(layer, expert, j), a, ys, n, tmp);
+        for (int i = 0; i < n; i++) g[i] = rows[i]->h[j];
+    }
+    for (int i = 0; i < n && w->all && w->predicts; i++) tally->selected += g[i] > 0.0f;
+    if (spec->gated) {
+        for (int i = 0; i < n; i++) inputs[i] = input_of(w, rows[i], w->up_input);
+        kernel_dots_inputs(spec->up_type, spec->n_embd, own + spec->up_offset, inputs, n, u);
+    }
+    for (int i = 0; i < n; i++) {
+        const float h = activate(w->activation, g[i], spec->gated ? u[i] : 1.0f);
+        rows[i]->h[j] = h;
+        tally->fired += h != 0.0f;
     }
 }
 
-/* Copies the thread's share of the block's activations to work.rounded, where they get the source's order. */
-static void gather_activations(const struct pi_layer *layer, const struct block *block, const struct work *w,
-                               int32_t begin, int32_t end) {
+/* Adds one neuron's column, times its activations, to the accumulators of a block's rows. */
+static void down_neuron(const struct work *w, const struct block *block, int32_t j, float *acc, float *tmp) {
+    const struct pi_layer_spec *spec = &w->layer->spec;
+    const int expert = block->rows[0].expert;
+    float *ys[FFN_BLOCK_ROWS], a[FFN_BLOCK_ROWS];
+    int n = 0;
     for (int r = 0; r < block->n_rows; r++) {
-        const float *h = block->rows[r].h != NULL ? block->rows[r].h : block->rows[r].g;
-        float *to = w->rounded + (int64_t)(block->acc_row + r) * layer->spec.n_ff;
-        if (layer->order == NULL) {
-            memcpy(to + begin, h + begin, (size_t)(end - begin) * sizeof(float));
+        a[n] = down_input(w, block, r, j);
+        if (a[n] == 0.0f && !w->all) continue;
+        ys[n++] = acc + (int64_t)(block->first + r) * spec->n_embd;
+    }
+    if (n == 0) return;
+    const uint8_t *column = pi_bundle(w->layer, expert, j) + spec->down_offset;
+    if (spec->down_type == ABI_TYPE_I8) {
+        kernel_axpys_outputs_scaled(spec->n_embd, column, scales_of(w->layer, expert, j), a, ys, n, tmp);
+    } else {
+        kernel_axpys_outputs(spec->down_type, spec->n_embd, column, a, ys, n, tmp);
+    }
+}
+
+/* ---- passes over the lists ------------------------------------------------------------------------------------ */
+
+enum pass { PASS_UP, PASS_DOWN, PASS_BOTH };
+
+static void run_batch(enum pass pass, struct work *w, const struct block *block, const int32_t *batch, int n, float *acc,
+                      float *tmp, struct tally *tally) {
+    if (block->n_rows == 1) {
+        if (pass != PASS_DOWN) up_batch(w, &block->rows[0], batch, n, tally);
+        if (pass != PASS_UP) down_batch(w, block, batch, n, acc + (int64_t)block->first * w->layer->spec.n_embd, tmp);
+        return;
+    }
+    for (int k = 0; k < n; k++) {
+        if (pass != PASS_DOWN) up_neuron(w, block, batch[k], tally);
+        if (pass != PASS_UP) down_neuron(w, block, batch[k], acc, tmp);
+    }
+}
+
+/* The batch as it is, or, where bundles are streamed, without those whose bundles are still on their way: they go to
+ * the end of late. Returns what is left of n. */
+static int split_late(struct work *w, int expert, int32_t *batch, int n, int32_t *late, int32_t *n_late) {
+    int left = 0;
+    for (int k = 0; k < n; k++) {
+        if (store_ready(w->store, (uint32_t)pi_unit(w->layer, expert, batch[k]))) batch[left++] = batch[k];
+        else late[(*n_late)++] = batch[k];
+    }
+    return left;
+}
+
+static bool wait_for(struct work *w, int expert, const int32_t *batch, int n) {
+    for (int k = 0; k < n; k++) {
+        if (bundle(w, expert, batch[k]) == NULL) return false;
+    }
+    return true;
+}
+
+static bool failed(const struct work *w) {
+    return atomic_load_explicit(&w->failed, memory_order_relaxed) != 0;
+}
+
+/* Runs a batch of a block's neurons. Up goes ahead with what is there; down keeps the order, which fixes its sums. */
+static void run_ready(enum pass pass, struct work *w, const struct block *block, int32_t *batch, int n, float *acc,
+                      float *tmp, int32_t *late, int32_t *n_late, struct tally *tally) {
+    const int expert = block->rows[0].expert;
+    if (w->store != NULL) {
+        (void)flash_progress(w->store->flash, false);
+        if (pass == PASS_UP) n = split_late(w, expert, batch, n, late, n_late);
+        else if (!wait_for(w, expert, batch, n)) return;
+    }
+    if (n > 0) run_batch(pass, w, block, batch, n, acc, tmp, tally);
+}
+
+/* One pass over the thread's chunks of all lists, as far as they are in the wave. Chunks are counted through all blocks,
+ * so that threads share the last ones evenly too, and whatever the wave, so that sums do not depend on it. */
+static void run_pass(enum pass pass, struct work *w, int thread, struct tally *tally) {
+    const struct pi_layer *layer = w->layer;
+    const int64_t n_embd = layer->spec.n_embd, n_ff = layer->spec.n_ff;
+    float *acc = w->acc + (int64_t)thread * w->set_rows * n_embd, *tmp = w->tmp + thread * n_embd;
+    int32_t *late = w->late + thread * n_ff;
+    int64_t chunk = 0;
+    for (int b = 0; b < w->n_blocks && !failed(w); b++) {
+        const struct block *block = &w->blocks[b];
+        const int64_t base = pi_unit(layer, block->rows[0].expert, 0);
+        int32_t batch[BATCH], n_late = 0;
+        int n = 0;
+        for (int t = 0; t < w->n_threads; t++) {
+            const int32_t *list = block->list + n_ff * t / w->n_threads;
+            for (int32_t k = 0; k < block->found[t]; k += CHUNK, chunk++) {
+                if (chunk % w->n_threads != thread) continue;
+                for (int32_t i = k; i < k + CHUNK && i < block->found[t]; i++) {
+                    if (base + list[i] < w->lo || base + list[i] >= w->hi) continue;
+                    batch[n++] = list[i];
+                    if (n < BATCH) continue;
+                    run_ready(pass, w, block, batch, n, acc, tmp, late, &n_late, tally);
+                    n = 0;
+                }
+            }
+        }
+        if (n > 0) run_ready(pass, w, block, batch, n, acc, tmp, late, &n_late, tally);
+        for (int32_t k = 0; k < n_late && !failed(w); k += BATCH) {
+            n = n_late - k < BATCH ? n_late - k : BATCH;
+            if (wait_for(w, block->rows[0].expert, late + k, n)) run_batch(pass, w, block, late + k, n, acc, tmp, tally);
+        }
+    }
+}
+
+/* ---- waves: as many neurons at a time as the store has room for ------------------------------------------------ */
+
+/* Thread 0 only. What all blocks want, as one ascending list. */
+static void list_units(struct work *w) {
+    w->n_units = 0;
+    if (w->marks != NULL) {
+        const int64_t all = w->store->spec.n_units;
+        for (int64_t u = 0; u < all; u++) {
+            w->units[w->n_units] = (int32_t)u;
+            w->n_units += w->marks[u];
+        }
+        memset(w->marks, 0, (size_t)all);
+        return;
+    }
+    for (int b = 0; b < w->n_blocks; b++) { /* experts ascend, and each has one block */
+        const int64_t base = pi_unit(w->layer, w->blocks[b].rows[0].expert, 0);
+        for (int t = 0; t < w->n_threads; t++) {
+            const int32_t *list = w->blocks[b].list + w->layer->spec.n_ff * t / w->n_threads;
+            for (int32_t k = 0; k < w->blocks[b].found[t]; k++) w->units[w->n_units++] = (int32_t)(base + list[k]);
+        }
+    }
+}
+
+/* How far from unit `from` of the list on a wave of the given number of slots reaches; pinned units need none. */
+static int64_t wave_end(const struct work *w, int64_t from, int64_t slots) {
+    int64_t end = from;
+    while (end < w->n_units && slots > 0) slots -= (uint32_t)w->units[end++] >= w->store->spec.n_pinned;
+    return end;
+}
+
+/* Thread 0 only. Wants the units of the next wave, and of the one after it as far as there is room. */
+static void begin_wave(struct work *w, int64_t from) {
+    const int64_t room = (int64_t)w->store->spec.n_slots - w->store->spec.n_pinned;
+    int64_t end = wave_end(w, from, room), got = from;
+    w->one_wave = from == 0 && end == w->n_units;
+    if (!w->one_wave) end = wave_end(w, from, room > 1 ? room / 2 : 1); /* the other half is for reading ahead */
+    store_begin(w->store);
+    while (got < end && !failed(w)) {
+        const int n = store_want(w->store, w->units + got, (int)(end - got), false);
+        got += n;
+        store_flush(w->store);
+        if (got == end || flash_progress(w->store->flash, true) || n > 0) continue;
+        /* Nothing is on its way, so slots are what is missing: an earlier evaluation that failed has left some that
+         * seem to be needed. A new round forgets them; what this wave wanted so far is all there and is wanted again. */
+        store_begin(w->store);
+        got = from;
+    }
+    w->lo = w->units[from];
+    w->hi = (int64_t)w->units[end - 1] + 1;
+    w->end = end;
+    if (end < w->n_units) {
+        const int64_t next = wave_end(w, end, room / 2);
+        (void)store_want(w->store, w->units + end, (int)(next - end), true);
+        store_flush(w->store);
+    }
+}
+
+/* All threads. Runs a pass over everything that is wanted; again: an earlier pass has wanted it already. */
+static void run_waves(enum pass pass, struct work *w, int thread, struct tally *tally, bool again) {
+    const bool streams = w->store != NULL;
+    if (!streams) w->lo = 0, w->hi = INT64_MAX;
+    for (int64_t from = 0; !streams || from < w->n_units;) {
+        if (streams && !(again && w->one_wave)) {
+#pragma omp barrier
+            if (thread == 0) begin_wave(w, from);
+#pragma omp barrier
+        }
+        if (pass == PASS_BOTH && streams) { /* up runs ahead of what is missing; a thread's neurons are its own */
+            run_pass(PASS_UP, w, thread, tally);
+            run_pass(PASS_DOWN, w, thread, tally);
         } else {
-            for (int32_t j = begin; j < end; j++) to[source_index(layer, block->rows[r].expert, j)] = h[j];
+            run_pass(pass, w, thread, tally);
+        }
+        if (!streams) return;
+        from = w->end;
+    }
+}
+
+/* ---- rounding and adding up ------------------------------------------------------------------------------------ */
+
+/* Copies the thread's share of the set's activations to work.rounded, where they get the source's order. */
+static void gather_activations(const struct work *w, int thread) {
+    const struct pi_layer *layer = w->layer;
+    const int64_t n_ff = layer->spec.n_ff, begin = n_ff * thread / w->n_threads, end = n_ff * (thread + 1) / w->n_threads;
+    for (int b = 0; b < w->n_blocks; b++) {
+        const struct block *block = &w->blocks[b];
+        for (int r = 0; r < block->n_rows; r++) {
+            const float *h = block->rows[r].h != NULL ? block->rows[r].h : block->rows[r].g;
+            float *to = w->rounded + (int64_t)(block->first + r) * n_ff;
+            if (layer->order == NULL) {
+                memcpy(to + begin, h + begin, (size_t)(end - begin) * sizeof(float));
+            } else {
+                for (int64_t j = begin; j < end; j++) to[source_index(layer, block->rows[r].expert, j)] = h[j];
+            }
         }
     }
 }
 
 /* Rounds the thread's share of work.rounded in place, in whole blocks of the rounding type. */
-static void round_activations(const struct pi_layer *layer, const struct work *w, int n_rows, int thread,
-                              int n_threads) {
+static void round_activations(const struct work *w, int thread) {
     const int64_t unit = ggml.ggml_get_type_traits(w->round_type)->blck_size;
-    const int64_t units = layer->spec.n_ff / unit;
-    const int64_t begin = units * thread / n_threads * unit, n = units * (thread + 1) / n_threads * unit - begin;
+    const int64_t n_ff = w->layer->spec.n_ff, units = n_ff / unit;
+    const int64_t begin = units * thread / w->n_threads * unit, n = units * (thread + 1) / w->n_threads * unit - begin;
     uint8_t *packed = w->packed + (size_t)thread * w->packed_size;
-    for (int r = 0; r < n_rows && n > 0; r++) {
-        float *values = w->rounded + r * layer->spec.n_ff + begin;
+    for (int r = 0; r < w->n_rows && n > 0; r++) {
+        float *values = w->rounded + r * n_ff + begin;
         kernel_round_input(w->round_type, n, values, packed);
         kernel_dequantize(w->round_type, n, packed, values);
     }
 }
 
-enum pass { PASS_UP, PASS_DOWN };
-
-/* Runs one pass over the thread's chunks of all lists. Chunks are counted through all blocks, so that threads share
- * the last ones evenly too. */
-static void run_pass(enum pass pass, const struct pi_layer *layer, const struct block *blocks, int n_blocks, bool all,
-                     int thread, int n_threads, const struct work *w, struct tally *tally) {
-    const int64_t n_embd = layer->spec.n_embd, n_ff = layer->spec.n_ff;
-    float *acc = w->acc + (int64_t)thread * w->n_rows * n_embd, *tmp = w->tmp + thread * n_embd;
-    const struct ggml_type_traits_cpu *up = pass == PASS_UP ? ggml.ggml_get_type_traits_cpu(layer->spec.up_type) : NULL;
-    int64_t chunk = 0;
-    for (int b = 0; b < n_blocks; b++) {
-        for (int t = 0; t < n_threads; t++) {
-            const int32_t *list = blocks[b].list + n_ff * t / n_threads;
-            for (int32_t k = 0; k < blocks[b].found[t]; k += CHUNK, chunk++) {
-                if (chunk % n_threads != thread) continue;
-                for (int32_t i = k; i < k + CHUNK && i < blocks[b].found[t]; i++) {
-                    if (pass == PASS_UP) compute_up(layer, &blocks[b], list[i], all, up, tally);
-                    else compute_down(layer, &blocks[b], list[i], all, w, acc, tmp);
-                }
+/* All inputs have been read: now the outputs may be written, wherever they lie. The thread's share of the columns. */
+static void write_outputs(const struct work *w, int thread) {
+    const int64_t n_embd = w->layer->spec.n_embd;
+    const int64_t first = n_embd * thread / w->n_threads, last = n_embd * (thread + 1) / w->n_threads;
+    for (int b = 0; b < w->n_blocks; b++) {
+        for (int r = 0; r < w->blocks[b].n_rows; r++) {
+            float *out = w->blocks[b].rows[r].out;
+            const float *part = w->acc + (int64_t)(w->blocks[b].first + r) * n_embd;
+            memcpy(out + first, part + first, (size_t)(last - first) * sizeof(float));
+            for (int t = 1; t < w->n_threads; t++) {
+                kernel_add_f32(last - first, part + (int64_t)t * w->set_rows * n_embd + first, out + first);
             }
         }
     }
 }
 
 /* One thread's part of a set of blocks; called by all threads of a team. */
-static void run_blocks(const struct pi_layer *layer, const struct block *blocks, int n_blocks, bool all, int thread,
-                       int n_threads, const struct work *w, struct tally *tally) {
-    const int64_t n_embd = layer->spec.n_embd, n_ff = layer->spec.n_ff;
-    const size_t acc_size = (size_t)w->n_rows * (size_t)n_embd;
-    const int32_t begin = (int32_t)(n_ff * thread / n_threads), end = (int32_t)(n_ff * (thread + 1) / n_threads);
-    const bool fused = blocks[0].rows[0].h != NULL; /* up is computed too */
-    int n_rows = 0;
+static void run_set(struct work *w, int thread, struct tally *tally) {
+    const int64_t n_embd = w->layer->spec.n_embd, n_ff = w->layer->spec.n_ff;
+    const int32_t begin = (int32_t)(n_ff * thread / w->n_threads), end = (int32_t)(n_ff * (thread + 1) / w->n_threads);
+    const bool up = w->blocks[0].rows[0].h != NULL;
 
-    memset(w->acc + (size_t)thread * acc_size, 0, acc_size * sizeof(float));
-    for (int b = 0; b < n_blocks; b++) {
-        n_rows += blocks[b].n_rows;
-        blocks[b].found[thread] = scan(&blocks[b], begin, end, all, blocks[b].list + begin);
-        tally->touched += (uint64_t)blocks[b].found[thread];
-        if (!fused) count_nonzero(&blocks[b], begin, end, tally);
-    }
-    if (fused) {
+    if (w->predicts && w->z != NULL && !w->all) {
+        predict_hidden(w, thread);
 #pragma omp barrier
-        run_pass(PASS_UP, layer, blocks, n_blocks, all, thread, n_threads, w, tally);
+        round_hidden(w, thread);
 #pragma omp barrier
     }
-    for (int b = 0; b < n_blocks; b++) gather_activations(layer, &blocks[b], w, begin, end);
+    memset(w->acc + (int64_t)thread * w->set_rows * n_embd, 0, (size_t)(w->n_rows * n_embd) * sizeof(float));
+    for (int b = 0; b < w->n_blocks; b++) w->blocks[b].found[thread] = scan(w, &w->blocks[b], begin, end, tally);
 #pragma omp barrier
-    if (w->round_type != ABI_TYPE_F32) {
-        round_activations(layer, w, n_rows, thread, n_threads);
+    if (w->store != NULL) {
+        if (thread == 0) list_units(w);
 #pragma omp barrier
     }
-    run_pass(PASS_DOWN, layer, blocks, n_blocks, all, thread, n_threads, w, tally);
+    if (w->predicts) {
+        run_waves(PASS_BOTH, w, thread, tally, false);
+    } else {
+        if (up) {
+            run_waves(PASS_UP, w, thread, tally, false);
 #pragma omp barrier
-    /* All inputs have been read: now the outputs may be written, wherever they lie. */
-    for (int b = 0; b < n_blocks; b++) {
-        for (int r = 0; r < blocks[b].n_rows; r++) {
-            const int64_t first = n_embd * thread / n_threads, last = n_embd * (thread + 1) / n_threads;
-            float *out = blocks[b].rows[r].out;
-            const float *part = w->acc + (int64_t)(blocks[b].acc_row + r) * n_embd;
-            memcpy(out + first, part + first, (size_t)(last - first) * sizeof(float));
-            for (int t = 1; t < n_threads; t++) {
-                kernel_add_f32(last - first, part + (size_t)t * acc_size + first, out + first);
-            }
         }
+        gather_activations(w, thread);
+#pragma omp barrier
+        if (w->round_type != ABI_TYPE_F32) {
+            round_activations(w, thread);
+#pragma omp barrier
+        }
+        run_waves(PASS_DOWN, w, thread, tally, up);
     }
 #pragma omp barrier
+    write_outputs(w, thread);
+#pragma omp barrier
+}
+
+/* ---- the evaluation ------------------------------------------------------------------------------------------- */
+
+static int by_expert(const void *a, const void *b) {
+    const struct ffn_row *x = a, *y = b;
+    if (x->expert != y->expert) return x->expert < y->expert ? -1 : 1;
+    return x->out < y->out ? -1 : x->out > y->out; /* a fixed order: qsort is not stable */
 }
 
 /* What stock rounds the input of down to before its dot products; F32 (no rounding) for types we cannot read back. */
@@ -296,84 +637,197 @@ static int rounding_type(const struct pi_layer *layer) {
     return readable && ggml.ggml_get_type_traits_cpu(type)->from_float != NULL ? type : ABI_TYPE_F32;
 }
 
-int ffn_sparse(const struct pi_layer *layer, struct ffn_row *rows, int n_rows, bool dense, int n_threads,
-               struct ffn_scratch *scratch, struct pi_counters *counters) {
-    const size_t n_embd = (size_t)layer->spec.n_embd, n_ff = (size_t)layer->spec.n_ff;
-    if (n_rows <= 0) return 0;
-    if (layer->spec.n_expert > 0) qsort(rows, (size_t)n_rows, sizeof *rows, by_expert);
-
-    /* Several sets of blocks would overwrite inputs of the later ones when an output lies over an input, so then
-     * outputs are collected in scratch and copied at the very end. */
-    const bool collect = n_rows > FFN_BLOCK_ROWS;
-    const int set_rows = n_rows < FFN_BLOCK_ROWS ? n_rows : FFN_BLOCK_ROWS;
-    const size_t threads = (size_t)n_threads;
-    const int round_type = rounding_type(layer);
-    const size_t packed_size = round64(abi_row_size(round_type, layer->spec.n_ff));
-    const size_t acc_bytes = round64(threads * (size_t)set_rows * n_embd * sizeof(float));
-    const size_t tmp_bytes = round64(threads * n_embd * sizeof(float));
-    const size_t rounded_bytes = round64((size_t)set_rows * n_ff * sizeof(float));
-    const size_t packed_bytes = threads * packed_size;
-    const size_t list_bytes = round64((size_t)set_rows * n_ff * sizeof(int32_t));
-    const size_t found_bytes = round64((size_t)set_rows * threads * sizeof(int32_t));
-    const size_t out_bytes = collect ? round64((size_t)n_rows * n_embd * sizeof(float)) : 0;
-    const size_t dst_bytes = collect ? round64((size_t)n_rows * sizeof(float *)) : 0;
-    uint8_t *memory = ffn_scratch_reserve(scratch, acc_bytes + tmp_bytes + rounded_bytes + packed_bytes + list_bytes +
-                                                       found_bytes + out_bytes + dst_bytes);
-    if (memory == NULL) return -1;
-    struct work work = {.n_rows = set_rows, .round_type = round_type, .packed_size = packed_size};
-    work.acc = (float *)memory, memory += acc_bytes;
-    work.tmp = (float *)memory, memory += tmp_bytes;
-    work.rounded = (float *)memory, memory += rounded_bytes;
-    work.packed = memory, memory += packed_bytes;
-    int32_t *lists = (int32_t *)memory;
-    memory += list_bytes;
-    int32_t *founds = (int32_t *)memory;
-    memory += found_bytes;
-    float *outs = (float *)memory;
-    float **dsts = (float **)(memory + out_bytes);
-
-    for (int r = 0; r < n_rows && collect; r++) {
-        dsts[r] = rows[r].out;
-        rows[r].out = outs + (size_t)r * n_embd;
+/* The number of x's rounding to what dot products with rows of a type take; a new one if nobody wanted it yet. */
+static int add_input(struct work *w, int weight_type) {
+    const int type = kernel_input_type(weight_type);
+    for (int i = 0; i < w->n_inputs; i++) {
+        if (w->input_type[i] == type) return i;
     }
+    w->input_type[w->n_inputs] = type;
+    w->input_size[w->n_inputs] = round64(abi_row_size(type, w->layer->spec.n_embd));
+    return w->n_inputs++;
+}
+
+static void *carve(uint8_t *memory, size_t *at, size_t size) {
+    void *here = memory == NULL ? NULL : memory + *at;
+    *at += round64(size);
+    return here;
+}
+
+struct outputs {
+    float *rows, **destinations; /* NULL unless there are several sets */
+};
+
+/* Lays the arrays out in memory, or, for NULL, only adds up their size, which is returned. */
+static size_t lay_out(struct work *w, struct outputs *outputs, int n_rows, uint8_t *memory, int32_t **lists,
+                      int32_t **founds) {
+    const struct pi_layer_spec *spec = &w->layer->spec;
+    const size_t n_embd = (size_t)spec->n_embd, n_ff = (size_t)spec->n_ff, rows = (size_t)w->set_rows;
+    const size_t threads = (size_t)w->n_threads;
+    size_t at = 0;
+    for (int i = 0; i < w->n_inputs; i++) w->inputs[i] = carve(memory, &at, (size_t)n_rows * w->input_size[i]);
+    w->blocks = carve(memory, &at, rows * sizeof *w->blocks);
+    w->acc = carve(memory, &at, threads * rows * n_embd * sizeof(float));
+    w->tmp = carve(memory, &at, threads * n_embd * sizeof(float));
+    w->wanted = carve(memory, &at, rows * n_ff);
+    if (!w->predicts) {
+        w->rounded = carve(memory, &at, rows * n_ff * sizeof(float));
+        w->packed_size = round64(abi_row_size(w->round_type, spec->n_ff));
+        w->packed = carve(memory, &at, threads * w->packed_size);
+    }
+    if (w->predicts && pi_has_hidden(spec->predictor)) {
+        w->zq_size = round64(abi_row_size(kernel_input_type(spec->pred_b_type), spec->rank));
+        w->z = carve(memory, &at, rows * (size_t)spec->rank * sizeof(float));
+        w->zq = carve(memory, &at, rows * w->zq_size);
+    }
+    *lists = carve(memory, &at, rows * n_ff * sizeof(int32_t));
+    *founds = carve(memory, &at, rows * threads * sizeof(int32_t));
+    w->late = carve(memory, &at, threads * n_ff * sizeof(int32_t));
+    if (w->store != NULL) {
+        w->units = carve(memory, &at, w->store->spec.n_units * sizeof(int32_t));
+        if (n_rows > FFN_BLOCK_ROWS) w->marks = carve(memory, &at, w->store->spec.n_units);
+    }
+    if (n_rows > w->set_rows) {
+        outputs->rows = carve(memory, &at, (size_t)n_rows * n_embd * sizeof(float));
+        outputs->destinations = carve(memory, &at, (size_t)n_rows * sizeof(float *));
+    }
+    return at;
+}
+
+/* Forms the blocks of the next set, which begins at row `done`. Returns where it ends. Thread 0 only. */
+static int form_set(struct work *w, struct ffn_row *rows, int n_rows, int done, int32_t *lists, int32_t *founds) {
+    w->n_blocks = w->n_rows = 0;
+    while (done < n_rows && w->n_rows < w->set_rows) {
+        int n = 1;
+        while (n < FFN_BLOCK_ROWS && w->n_rows + n < w->set_rows && done + n < n_rows &&
+               rows[done + n].expert == rows[done].expert)
+            n++;
+        w->blocks[w->n_blocks] = (struct block){.rows = rows + done,
+                                                .first = w->n_rows,
+                                                .n_rows = n,
+                                                .list = lists + (int64_t)w->n_blocks * w->layer->spec.n_ff,
+                                                .found = founds + (int64_t)w->n_blocks * w->n_threads};
+        w->n_blocks++;
+        w->n_rows += n;
+        done += n;
+    }
+    return done;
+}
+
+/* Rounds x once per token and type. In a mixture a token's rows share their x, and come one after the other. */
+static void round_inputs(struct work *w, struct ffn_row *rows, int n_rows) {
+    for (int r = 0; r < n_rows; r++) rows[r].input = r > 0 && rows[r].x == rows[r - 1].x ? rows[r - 1].input : r;
+    for (int i = 0; i < w->n_inputs; i++) {
+#pragma omp parallel for num_threads(w->n_threads) if (n_rows > 8) schedule(static)
+        for (int r = 0; r < n_rows; r++) {
+            if (rows[r].input != r) continue;
+            kernel_round_input(w->input_type[i], w->layer->spec.n_embd, rows[r].x,
+                               w->inputs[i] + (size_t)r * w->input_size[i]);
+        }
+    }
+}
+
+static void start(struct work *w, const struct pi_layer *layer, const struct ffn_row *rows, int n_rows, bool dense,
+                  int n_threads) {
+    const struct pi_layer_spec *spec = &layer->spec;
+    *w = (struct work){.layer = layer,
+                       .activation = layer->model->activation,
+                       .all = dense,
+                       .predicts = rows[0].g == NULL,
+                       .round_type = rounding_type(layer),
+                       .n_threads = n_threads,
+                       .store = layer->store};
+    const int most = w->store != NULL ? STREAM_ROWS : FFN_BLOCK_ROWS;
+    w->set_rows = n_rows < most ? n_rows : most;
+    if (rows[0].x == NULL) return;
+    if (spec->gate_name != NULL) w->gate_input = add_input(w, spec->gate_type);
+    if (spec->up_name != NULL) w->up_input = add_input(w, spec->up_type);
+    if (pi_has_hidden(spec->predictor)) w->pred_input = add_input(w, spec->pred_a_type);
+    if (spec->predictor == PI_PREDICT_DIRECT) w->pred_input = add_input(w, spec->pred_b_type);
+}
+
+enum ffn_result ffn_sparse(const struct pi_layer *layer, struct ffn_row *rows, int n_rows, bool dense, int n_threads,
+                           struct ffn_scratch *scratch, struct pi_counters *counters) {
+    const size_t n_embd = (size_t)layer->spec.n_embd;
+    struct work work;
+    struct outputs outputs = {0};
+    int32_t *lists, *founds;
+    if (n_rows <= 0) return FFN_OK;
+    start(&work, layer, rows, n_rows, dense, n_threads);
+    uint8_t *memory = ffn_scratch_reserve(scratch, lay_out(&work, &outputs, n_rows, NULL, &lists, &founds));
+    if (memory == NULL) return FFN_NO_MEMORY;
+    (void)lay_out(&work, &outputs, n_rows, memory, &lists, &founds);
+    if (work.marks != NULL) memset(work.marks, 0, layer->store->spec.n_units);
+    if (work.n_inputs > 0) round_inputs(&work, rows, n_rows);
+    if (layer->spec.n_expert > 0) qsort(rows, (size_t)n_rows, sizeof *rows, by_expert);
+    /* Several sets would overwrite inputs of the later ones when an output lies over an input, so then outputs are
+     * collected in scratch and copied at the very end. */
+    for (int r = 0; r < n_rows && outputs.rows != NULL; r++) {
+        outputs.destinations[r] = rows[r].out;
+        rows[r].out = outputs.rows + (size_t)r * n_embd;
+    }
+    if (layer->store != NULL) pthread_mutex_lock(&layer->model->evaluating);
     uint64_t selected = 0, fired = 0, touched = 0;
+    int done = 0;
 #pragma omp parallel num_threads(n_threads) reduction(+ : selected, fired, touched)
     {
-        const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+        const int thread = omp_get_thread_num();
         struct tally tally = {0};
-        int done = 0;
-        while (done < n_rows) { /* every thread forms the same blocks */
-            struct block blocks[FFN_BLOCK_ROWS];
-            int n_blocks = 0, in_set = 0;
-            while (done < n_rows && in_set < set_rows) {
-                int n = 1;
-                while (in_set + n < set_rows && done + n < n_rows && rows[done + n].expert == rows[done].expert) n++;
-                blocks[n_blocks] = (struct block){.rows = rows + done,
-                                                  .n_rows = n,
-                                                  .acc_row = in_set,
-                                                  .list = lists + (size_t)n_blocks * n_ff,
-                                                  .found = founds + (size_t)n_blocks * threads};
-                n_blocks++;
-                done += n;
-                in_set += n;
-            }
-            run_blocks(layer, blocks, n_blocks, dense, thread, team, &work, &tally);
+        if (thread == 0) work.n_threads = omp_get_num_threads();
+        for (bool more = true; more;) {
+#pragma omp barrier
+            if (thread == 0) done = form_set(&work, rows, n_rows, done, lists, founds);
+#pragma omp barrier
+            more = done < n_rows; /* before the next barrier, after which thread 0 goes on */
+            run_set(&work, thread, &tally);
         }
-        if (collect) {
+        if (outputs.rows != NULL && !failed(&work)) {
 #pragma omp for
-            for (int r = 0; r < n_rows; r++) memcpy(dsts[r], rows[r].out, n_embd * sizeof(float));
+            for (int r = 0; r < n_rows; r++) memcpy(outputs.destinations[r], rows[r].out, n_embd * sizeof(float));
         }
         selected += tally.selected;
         fired += tally.fired;
         touched += tally.touched;
     }
+    if (layer->store != NULL) pthread_mutex_unlock(&layer->model->evaluating);
+    if (failed(&work)) return FFN_READ_FAILED;
+    const bool only_down = rows[0].h == NULL; /* its input decides, so what is selected has fired */
     counters->calls += 1;
     counters->rows += (uint64_t)n_rows;
-    counters->neurons += (uint64_t)n_rows * n_ff;
+    counters->neurons += (uint64_t)n_rows * (uint64_t)layer->spec.n_ff;
     counters->selected += selected;
-    counters->fired += fired;
+    counters->fired += only_down ? selected : fired;
     counters->touched += touched;
-    return 0;
+    return FFN_OK;
+}
+
+/* ---- dense, for what does not match ---------------------------------------------------------------------------- */
+
+enum ffn_result ffn_each_bundle(const struct pi_layer *layer, void (*visit)(int64_t unit, void *context), void *context) {
+    struct store *store = layer->store;
+    const int64_t n = layer->spec.n_ff * (layer->spec.n_expert == 0 ? 1 : layer->spec.n_expert);
+    enum ffn_result result = FFN_OK;
+    if (store == NULL) {
+        for (int64_t u = 0; u < n; u++) visit(u, context);
+        return result;
+    }
+    pthread_mutex_lock(&layer->model->evaluating);
+    for (int32_t u = 0, end; u < n && result == FFN_OK; u = end) {
+        int32_t units[BATCH];
+        store_begin(store);
+        for (end = u; end < n && end < u + BATCH; end++) {
+            units[0] = end;
+            if (store_want(store, units, 1, false) == 0) break;
+        }
+        store_flush(store);
+        if (end == u && !flash_progress(store->flash, true)) store_begin(store);
+        for (int32_t i = u; i < end && result == FFN_OK; i++) {
+            if (store_wait(store, (uint32_t)i) != 0) result = FFN_READ_FAILED;
+            else visit(i, context);
+        }
+    }
+    pthread_mutex_unlock(&layer->model->evaluating);
+    return result;
 }
 
 void ffn_dense(const struct ffn_product *products, int n_products, int type, int64_t n_in, int64_t n_out,
@@ -393,30 +847,27 @@ int pi_ffn(struct pi_model *model, int i, int n_rows, const int32_t *expert, con
     if (i < 0 || i >= model->n_layers || n_rows <= 0 || n_threads < 1) return -1;
     struct pi_layer *layer = &model->layers[i];
     const struct pi_layer_spec *spec = &layer->spec;
-    const bool gated = spec->up_name != NULL;
-    if (gated != (x != NULL) || gated != (h != NULL) || (expert != NULL) != (spec->n_expert > 0)) return -1;
-    const int type = gated ? ggml.ggml_get_type_traits_cpu(spec->up_type)->vec_dot_type : ABI_TYPE_F32;
-    const size_t row_size = round64(gated ? abi_row_size(type, spec->n_embd) : 0);
-    struct ffn_scratch inputs = {0}, work = {0};
-    uint8_t *memory = ffn_scratch_reserve(&inputs, (size_t)n_rows * (row_size + sizeof(struct ffn_row)));
-    if (memory == NULL) return -1;
-    struct ffn_row *rows = (struct ffn_row *)(memory + (size_t)n_rows * row_size);
-    int result = 0;
+    const bool up = spec->up_name != NULL, predicts = spec->predictor != PI_PREDICT_NONE;
+    if (up != (x != NULL) || up != (h != NULL) || predicts == (g != NULL) || (expert != NULL) != (spec->n_expert > 0))
+        return -1;
+    struct ffn_scratch work = {0};
+    struct ffn_row *rows = calloc((size_t)n_rows, sizeof *rows);
+    int result = rows == NULL ? -1 : 0;
     for (int r = 0; r < n_rows && result == 0; r++) {
-        uint8_t *xq = memory + (size_t)r * row_size;
-        if (gated) kernel_round_input(type, spec->n_embd, x + r * spec->n_embd, xq);
         rows[r] = (struct ffn_row){.expert = expert != NULL ? expert[r] : 0,
-                                   .xq = gated ? xq : NULL,
-                                   .g = g + r * spec->n_ff,
-                                   .h = gated ? h + r * spec->n_ff : NULL,
+                                   .x = up ? x + r * spec->n_embd : NULL,
+                                   .g = g != NULL ? g + r * spec->n_ff : NULL,
+                                   .h = up ? h + r * spec->n_ff : NULL,
                                    .out = out + r * spec->n_embd};
         if (rows[r].expert < 0 || (expert != NULL && rows[r].expert >= spec->n_expert)) result = -1;
     }
     if (result == 0) {
         result = ffn_sparse(layer, rows, n_rows, atomic_load(&model->dense), n_threads, &work,
-                            &layer->counters[n_rows > 1]);
+                            &layer->counters[n_rows > 1]) == FFN_OK
+                     ? 0
+                     : -1;
     }
-    ffn_scratch_free(&inputs);
     ffn_scratch_free(&work);
+    free(rows);
     return result;
 }

@@ -31,6 +31,7 @@ static int find_ops(char *err, size_t err_len) {
         {"GLU", &ggml.op_glu},         {"RESHAPE", &ggml.op_reshape}, {"VIEW", &ggml.op_view},
         {"PERMUTE", &ggml.op_permute}, {"ADD", &ggml.op_add},         {"TRANSPOSE", &ggml.op_transpose},
         {"ADD_ID", &ggml.op_add_id},   {"SCALE", &ggml.op_scale},     {"MUL", &ggml.op_mul},
+        {"UNARY", &ggml.op_unary},     {"SQR", &ggml.op_sqr},         {"GET_ROWS", &ggml.op_get_rows},
     };
     for (size_t w = 0; w < sizeof wanted / sizeof wanted[0]; w++) {
         *wanted[w].slot = -1;
@@ -42,7 +43,12 @@ static int find_ops(char *err, size_t err_len) {
             return -1;
         }
     }
-    return 0;
+    ggml.unary_relu = -1;
+    for (int op = 0; op < ABI_UNARY_OP_COUNT && ggml.unary_relu < 0; op++) {
+        if (strcmp(ggml.ggml_unary_op_name(op), "RELU") == 0) ggml.unary_relu = op;
+    }
+    if (ggml.unary_relu < 0) snprintf(err, err_len, "libggml has no unary operator named RELU");
+    return ggml.unary_relu < 0 ? -1 : 0;
 }
 
 int abi_load(const char *lib_dir, char *err, size_t err_len) {

@@ -23,6 +23,7 @@
 #define ABI_MAX_OP_PARAMS 64
 #define ABI_MAX_NAME 64
 #define ABI_OP_COUNT 101 /* GGML_OP_COUNT: how far op names may be scanned */
+#define ABI_UNARY_OP_COUNT 22 /* GGML_UNARY_OP_COUNT: the same for unary operators */
 #define ABI_TYPE_COUNT 43
 
 /* ggml_type, as stored in GGUF files: these numbers are a file format and never change. */
@@ -221,6 +222,7 @@ struct ggml_init_params {
 #define ABI_FUNCTIONS(X)                                                                                             \
     X(const char *, ggml_version, (void))                                                                            \
     X(const char *, ggml_op_name, (int op))                                                                          \
+    X(const char *, ggml_unary_op_name, (int op))                                                                    \
     X(size_t, ggml_tensor_overhead, (void))                                                                          \
     X(size_t, ggml_nbytes, (const struct ggml_tensor *))                                                             \
     X(size_t, ggml_row_size, (int type, int64_t ne))                                                                 \
@@ -273,7 +275,8 @@ struct abi_functions {
 #undef X
     /* Numbers of the ops we handle, found by name: their order is no promise of ggml's. */
     int op_none, op_mul_mat, op_mul_mat_id, op_glu, op_reshape, op_view, op_permute, op_transpose, op_add, op_add_id,
-        op_scale, op_mul;
+        op_scale, op_mul, op_unary, op_sqr, op_get_rows;
+    int unary_relu; /* the unary operator, which is in op_params[0] */
 };
 
 /* Filled by abi_load(); read-only afterwards. */

@@ -3,6 +3,7 @@
 #include "model.h"
 
 #include "backend.h"
+#include "kernels.h"
 
 #include <errno.h>
 #include <omp.h>
@@ -27,10 +28,18 @@ void pi_model_ref(struct pi_model *model) {
 void pi_model_unref(struct pi_model *model) {
     if (atomic_fetch_sub(&model->refs, 1) != 1) return;
     for (int i = 0; i < model->n_layers; i++) {
-        if (model->layers[i].data != NULL) munmap(model->layers[i].data, model->layers[i].data_size);
-        free(model->layers[i].order);
-        free(model->layers[i].scales);
+        struct pi_layer *layer = &model->layers[i];
+        if (layer->data != NULL) munmap(layer->data, layer->data_size);
+        store_close(layer->store);
+        free(layer->order);
+        free(layer->scales);
+        free(layer->pred_a);
+        free(layer->pred_b);
+        free(layer->pred_bias);
+        free(layer->thresholds);
     }
+    flash_close(model->flash);
+    pthread_mutex_destroy(&model->evaluating);
     free(model);
     atomic_fetch_sub(&live_models, 1);
 }
@@ -50,6 +59,7 @@ void pi_model_set_dense(struct pi_model *model, bool dense) {
 struct pi_weight *pi_model_find(struct pi_model *model, const char *tensor_name) {
     for (int i = 0; i < model->n_layers; i++) {
         struct pi_layer *layer = &model->layers[i];
+        if (layer->spec.gate_name != NULL && strcmp(layer->gate_name, tensor_name) == 0) return &layer->gate;
         if (layer->spec.up_name != NULL && strcmp(layer->up_name, tensor_name) == 0) return &layer->up;
         if (strcmp(layer->down_name, tensor_name) == 0) return &layer->down;
     }
@@ -69,8 +79,38 @@ int pi_model_stats(struct pi_model *model, int i, int phase, struct pi_layer_sta
     return 0;
 }
 
+int pi_model_flash_stats(struct pi_model *model, int i, struct pi_flash_stats *out) {
+    if (i < 0 || i >= model->n_layers) return -1;
+    *out = (struct pi_flash_stats){0};
+    if (model->flash == NULL) return 0;
+    struct io_stats io;
+    io_get_stats(flash_io(model->flash), &io);
+    out->reads = io.reads;
+    out->read_bytes = io.windows;
+    const struct store *store = model->layers[i].store;
+    if (store == NULL) return 0;
+    const struct store_counters *c = &store->counters;
+    out->wanted = c->wanted;
+    out->missed = c->missed;
+    out->bytes = c->bytes;
+    out->prefetched = c->prefetched;
+    out->useful = c->useful;
+    out->wasted = c->wasted;
+    out->wait_ns = c->wait_ns;
+    return 0;
+}
+
+int pi_model_error(struct pi_model *model, int *file, int64_t *offset) {
+    uint64_t at = 0;
+    *file = 0;
+    const int error = model->flash == NULL ? 0 : flash_error(model->flash, file, &at);
+    *offset = (int64_t)at;
+    return error;
+}
+
 void pi_model_reset_stats(struct pi_model *model) {
     for (int i = 0; i < model->n_layers; i++) {
+        if (model->layers[i].store != NULL) store_reset_counters(model->layers[i].store);
         for (int phase = 0; phase < 2; phase++) {
             struct pi_counters *c = &model->layers[i].counters[phase];
             c->calls = c->rows = c->neurons = c->selected = c->fired = c->touched = c->ns = 0;
@@ -84,67 +124,136 @@ static size_t scales_size(const struct pi_layer_spec *spec) {
     return experts * (size_t)(spec->n_ff / PI_SCALE_GROUP) * (size_t)spec->n_embd * sizeof(uint16_t);
 }
 
-/* Copies a spec into the layer and checks it against the types and the file. Returns 0, or -1 with a sentence. */
-static int layer_init(struct pi_layer *layer, struct pi_model *model, const struct pi_layer_spec *spec,
-                      int64_t file_size, char *err, size_t err_len) {
-    const char *field = NULL;
-    const bool gated = spec->up_name != NULL;
-    const size_t up_size = gated ? abi_row_size(spec->up_type, spec->n_embd) : 0;
-    const size_t down_size = abi_row_size(spec->down_type, spec->n_embd);
-    const int64_t experts = spec->n_expert == 0 ? 1 : spec->n_expert;
-    const bool scaled = spec->down_type == ABI_TYPE_I8;
-    int64_t total = 0;
+static int64_t experts_of(const struct pi_layer_spec *spec) {
+    return spec->n_expert == 0 ? 1 : spec->n_expert;
+}
 
-    if (spec->down_name == NULL || strlen(spec->down_name) >= ABI_MAX_NAME) field = "name of ffn_down";
-    else if (gated && strlen(spec->up_name) >= ABI_MAX_NAME) field = "name of ffn_up";
-    else if (spec->n_embd <= 0 || spec->n_embd > INT32_MAX) field = "n_embd";
-    else if (spec->n_ff <= 0 || spec->n_ff > INT32_MAX) field = "n_ff";
-    else if (spec->n_expert < 0 || spec->n_expert > 65536) field = "n_expert";
-    else if (down_size == 0) field = "down type";
-    else if (abi_row_size(spec->down_source_type, spec->n_ff) == 0) field = "down source type";
-    else if (gated && up_size == 0) field = "up type";
-    else if (gated && (spec->up_offset < 0 || spec->up_offset > INT32_MAX)) field = "up offset";
-    else if (spec->down_offset < (gated ? spec->up_offset + (int64_t)up_size : 0) || spec->down_offset > INT32_MAX)
-        field = "down offset";
-    else if (spec->stride > INT32_MAX || spec->stride < spec->down_offset + (int64_t)down_size) field = "stride";
-    else if (__builtin_mul_overflow(spec->stride, spec->n_ff, &total) ||
-             __builtin_mul_overflow(total, experts, &total))
-        field = "size";
-    else if (spec->file_offset < 0 || spec->file_offset > file_size || total > file_size - spec->file_offset)
-        field = "extent (it reaches past the end of the file)";
-    else if (scaled && (spec->n_ff % PI_SCALE_GROUP != 0 || spec->scale_offset < 0 || spec->scale_offset > file_size ||
-                        (int64_t)scales_size(spec) > file_size - spec->scale_offset))
-        field = "table of scales";
-    if (field != NULL) {
-        snprintf(err, err_len, "layer %d: the bundle's %s does not fit", spec->index, field);
+static bool name_fits(const char *name) {
+    return name == NULL || strlen(name) < ABI_MAX_NAME;
+}
+
+/* Whether size bytes at offset are inside the file. */
+static bool in_file(int64_t offset, int64_t size, int64_t file_size) {
+    return offset >= 0 && size >= 0 && offset <= file_size && size <= file_size - offset;
+}
+
+/* The segments of a bundle lie one after the other within the stride. Returns the field that does not fit, or NULL. */
+static const char *check_segments(const struct pi_layer_spec *spec) {
+    const struct {
+        bool present;
+        int type;
+        int64_t offset;
+        const char *type_field, *offset_field;
+    } segments[] = {
+        {spec->gate_name != NULL, spec->gate_type, spec->gate_offset, "gate type", "gate offset"},
+        {spec->up_name != NULL, spec->up_type, spec->up_offset, "up type", "up offset"},
+        {true, spec->down_type, spec->down_offset, "down type", "down offset"},
+    };
+    int64_t end = 0;
+    for (size_t i = 0; i < sizeof segments / sizeof segments[0]; i++) {
+        if (!segments[i].present) continue;
+        const size_t size = abi_row_size(segments[i].type, spec->n_embd);
+        if (size == 0) return segments[i].type_field;
+        if (segments[i].offset < end || segments[i].offset > INT32_MAX) return segments[i].offset_field;
+        end = segments[i].offset + (int64_t)size;
+    }
+    return spec->stride > INT32_MAX || spec->stride < end ? "stride" : NULL;
+}
+
+/* The predictor's and the thresholds' arrays are inside the file. Returns the field that does not fit, or NULL. */
+static const char *check_selection(const struct pi_layer_spec *spec, int64_t file_size) {
+    const int64_t floats = spec->n_ff * (int64_t)sizeof(float);
+    if (spec->threshold_offset != 0 && !in_file(spec->threshold_offset, floats * experts_of(spec), file_size))
+        return "thresholds";
+    if (spec->predictor == PI_PREDICT_NONE) return NULL;
+    if (spec->predictor < PI_PREDICT_NONE || spec->predictor > PI_PREDICT_LINEAR) return "kind of predictor";
+    const bool lowrank = pi_has_hidden(spec->predictor);
+    const int64_t b_inputs = lowrank ? spec->rank : spec->n_embd;
+    if (spec->n_expert != 0 || (spec->gated ? spec->gate_name : spec->up_name) == NULL) return "predictor";
+    if (lowrank && (spec->rank <= 0 || spec->rank > 65536)) return "rank of the predictor";
+    const int64_t a_row = lowrank ? (int64_t)abi_row_size(spec->pred_a_type, spec->n_embd) : 0;
+    const int64_t b_row = (int64_t)abi_row_size(spec->pred_b_type, b_inputs);
+    if ((lowrank && a_row == 0) || b_row == 0) return "type of the predictor";
+    if (lowrank && kernel_input_type(spec->pred_a_type) < 0) return "type of the predictor";
+    if (kernel_input_type(spec->pred_b_type) < 0) return "type of the predictor";
+    if (lowrank && !in_file(spec->pred_a_offset, a_row * spec->rank, file_size)) return "matrix A of the predictor";
+    if (!in_file(spec->pred_b_offset, b_row * spec->n_ff, file_size)) return "matrix B of the predictor";
+    return in_file(spec->pred_bias_offset, floats, file_size) ? NULL : "bias of the predictor";
+}
+
+/* Everything about a spec that could lead outside the file or a buffer. Returns the field that does not fit, or NULL;
+ * *total receives the bytes of all bundles. */
+static const char *check_spec(const struct pi_layer_spec *spec, int64_t file_size, int64_t *total) {
+    *total = 0;
+    if (spec->down_name == NULL || !name_fits(spec->down_name)) return "name of ffn_down";
+    if (!name_fits(spec->up_name)) return "name of ffn_up";
+    if (!name_fits(spec->gate_name) || (spec->gate_name != NULL && (!spec->gated || spec->up_name == NULL)))
+        return "name of ffn_gate";
+    if (spec->n_embd <= 0 || spec->n_embd > INT32_MAX) return "n_embd";
+    if (spec->n_ff <= 0 || spec->n_ff > INT32_MAX / (int64_t)sizeof(float)) return "n_ff";
+    if (spec->n_expert < 0 || spec->n_expert > 65536) return "n_expert";
+    if (abi_row_size(spec->down_source_type, spec->n_ff) == 0) return "down source type";
+    const char *field = check_segments(spec);
+    if (field != NULL) return field;
+    if (spec->up_name != NULL && kernel_input_type(spec->up_type) < 0) return "up type";
+    if (spec->gate_name != NULL && kernel_input_type(spec->gate_type) < 0) return "gate type";
+    /* What decides is either stock's (and then not in the bundle), or named by a predictor. */
+    const bool decider_inside = spec->gated ? spec->gate_name != NULL : spec->up_name != NULL;
+    if (decider_inside != (spec->predictor != PI_PREDICT_NONE) || (spec->gated && spec->up_name == NULL))
+        return "list of segments";
+    if (__builtin_mul_overflow(spec->stride, spec->n_ff, total) ||
+        __builtin_mul_overflow(*total, experts_of(spec), total))
+        return "size";
+    if (!in_file(spec->file_offset, *total, file_size)) return "extent (it reaches past the end of the file)";
+    if (spec->down_type == ABI_TYPE_I8 && (spec->n_ff % PI_SCALE_GROUP != 0 ||
+                                           !in_file(spec->scale_offset, (int64_t)scales_size(spec), file_size)))
+        return "table of scales";
+    if (spec->n_slots < 0 || spec->n_slots > spec->n_ff * experts_of(spec) || spec->n_ff * experts_of(spec) > INT32_MAX ||
+        spec->n_hot < 0 || (spec->n_slots > 0 && spec->n_hot >= spec->n_slots))
+        return "number of slots";
+    return check_selection(spec, file_size);
+}
+
+static void set_name(struct pi_weight *weight, enum pi_role role, struct pi_layer *layer, char *name,
+                     const char **source) {
+    if (*source == NULL) return;
+    strcpy(name, *source);
+    *source = name;
+    *weight = (struct pi_weight){role, layer};
+}
+
+static int copy_order(struct pi_layer *layer, const int32_t *order, char *err, size_t err_len) {
+    const size_t n = (size_t)(experts_of(&layer->spec) * layer->spec.n_ff);
+    layer->order = malloc(n * sizeof(int32_t));
+    if (layer->order == NULL) {
+        snprintf(err, err_len, "layer %d: no memory for the neuron order", layer->spec.index);
         return -1;
     }
-    layer->model = model;
-    layer->spec = *spec;
-    strcpy(layer->down_name, spec->down_name);
-    layer->spec.down_name = layer->down_name;
-    layer->down = (struct pi_weight){PI_ROLE_DOWN, layer};
-    if (gated) {
-        strcpy(layer->up_name, spec->up_name);
-        layer->spec.up_name = layer->up_name;
-        layer->up = (struct pi_weight){PI_ROLE_UP, layer};
-    }
-    if (spec->order != NULL) {
-        const size_t n = (size_t)(experts * spec->n_ff);
-        layer->order = malloc(n * sizeof(int32_t));
-        for (size_t j = 0; layer->order != NULL && j < n; j++) {
-            if (spec->order[j] < 0 || spec->order[j] >= spec->n_ff) {
-                snprintf(err, err_len, "layer %d: the neuron order names neuron %d", spec->index, spec->order[j]);
-                return -1;
-            }
-            layer->order[j] = spec->order[j];
-        }
-        if (layer->order == NULL) {
-            snprintf(err, err_len, "layer %d: no memory for the neuron order", spec->index);
+    for (size_t j = 0; j < n; j++) {
+        if (order[j] < 0 || order[j] >= layer->spec.n_ff) {
+            snprintf(err, err_len, "layer %d: the neuron order names neuron %d", layer->spec.index, order[j]);
             return -1;
         }
+        layer->order[j] = order[j];
     }
-    layer->spec.order = NULL; /* the caller's memory */
+    return 0;
+}
+
+/* Memory for all bundles, or slots for some. */
+static int bundle_memory(struct pi_layer *layer, int64_t total, enum store_policy policy, char *err, size_t err_len) {
+    const struct pi_layer_spec *spec = &layer->spec;
+    if (spec->n_slots > 0) {
+        const struct store_spec store = {.offset = (uint64_t)spec->file_offset,
+                                         .unit_size = (uint64_t)spec->stride,
+                                         .n_units = (uint32_t)(spec->n_ff * experts_of(spec)),
+                                         .n_slots = (uint32_t)spec->n_slots,
+                                         .n_pinned = (uint32_t)spec->n_hot,
+                                         .policy = policy};
+        char why[128];
+        layer->store = store_open(layer->model->flash, &store, why, sizeof why);
+        if (layer->store == NULL) snprintf(err, err_len, "layer %d: %s", spec->index, why);
+        return layer->store == NULL ? -1 : 0;
+    }
     void *data = mmap(NULL, (size_t)total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (data == MAP_FAILED) {
         snprintf(err, err_len, "layer %d: no memory for %lld bytes of bundles", spec->index, (long long)total);
@@ -155,6 +264,26 @@ static int layer_init(struct pi_layer *layer, struct pi_model *model, const stru
     layer->data = data;
     layer->data_size = (size_t)total;
     return 0;
+}
+
+/* Copies a spec into the layer and checks it against the types and the file. Returns 0, or -1 with a sentence. */
+static int layer_init(struct pi_layer *layer, struct pi_model *model, const struct pi_layer_spec *spec,
+                      int64_t file_size, enum store_policy policy, char *err, size_t err_len) {
+    int64_t total;
+    const char *field = check_spec(spec, file_size, &total);
+    if (field == NULL && spec->n_slots > 0 && model->flash == NULL) field = "number of slots";
+    if (field != NULL) {
+        snprintf(err, err_len, "layer %d: the bundle's %s does not fit", spec->index, field);
+        return -1;
+    }
+    layer->model = model;
+    layer->spec = *spec;
+    layer->spec.order = NULL; /* the caller's memory */
+    set_name(&layer->gate, PI_ROLE_GATE, layer, layer->gate_name, &layer->spec.gate_name);
+    set_name(&layer->up, PI_ROLE_UP, layer, layer->up_name, &layer->spec.up_name);
+    set_name(&layer->down, PI_ROLE_DOWN, layer, layer->down_name, &layer->spec.down_name);
+    if (spec->order != NULL && copy_order(layer, spec->order, err, err_len) != 0) return -1;
+    return bundle_memory(layer, total, policy, err, err_len);
 }
 
 /* Reads size bytes at offset. Returns 0, EIO at the end of the file, or the errno. */
@@ -171,17 +300,52 @@ static int read_fully(int fd, uint8_t *dst, size_t size, off_t offset) {
     return 0;
 }
 
-static int scales_read(struct pi_layer *layer, int fd, char *err, size_t err_len) {
-    const size_t size = scales_size(&layer->spec);
-    if (layer->scales == NULL) layer->scales = malloc(size);
-    if (layer->scales == NULL) {
-        snprintf(err, err_len, "layer %d: no memory for %zu bytes of scales", layer->spec.index, size);
+/* Fills *array, which may have been filled before, with size bytes of the file at offset. -1 with a sentence. */
+static int read_array(const struct pi_layer *layer, int fd, int64_t offset, size_t size, const char *what, void *array,
+                      char *err, size_t err_len) {
+    void *memory = aligned_alloc(64, (size + 63) & ~(size_t)63), *old;
+    if (memory == NULL) {
+        snprintf(err, err_len, "layer %d: no memory for %zu bytes of %s", layer->spec.index, size, what);
         return -1;
     }
-    if (read_fully(fd, (uint8_t *)layer->scales, size, (off_t)layer->spec.scale_offset) != 0) {
-        snprintf(err, err_len, "layer %d: reading scales at offset %lld failed", layer->spec.index,
-                 (long long)layer->spec.scale_offset);
+    const int code = read_fully(fd, memory, size, (off_t)offset);
+    if (code != 0) {
+        snprintf(err, err_len, "layer %d: reading the %s at offset %lld failed: %s", layer->spec.index, what,
+                 (long long)offset, code == EIO ? "the file ended early or the device failed" : strerror(code));
+        free(memory);
         return -1;
+    }
+    memcpy(&old, array, sizeof old);
+    free(old);
+    memcpy(array, &memory, sizeof memory);
+    return 0;
+}
+
+/* The small arrays beside the bundles: scales, thresholds, predictor. */
+static int arrays_read(struct pi_layer *layer, int fd, char *err, size_t err_len) {
+    const struct pi_layer_spec *s = &layer->spec;
+    const bool lowrank = pi_has_hidden(s->predictor), predicts = s->predictor != PI_PREDICT_NONE;
+    const size_t floats = (size_t)s->n_ff * sizeof(float);
+    const struct {
+        bool present;
+        int64_t offset;
+        size_t size;
+        const char *what;
+        void *array;
+    } arrays[] = {
+        {s->down_type == ABI_TYPE_I8, s->scale_offset, scales_size(s), "scales", &layer->scales},
+        {s->threshold_offset != 0, s->threshold_offset, floats * (size_t)experts_of(s), "thresholds", &layer->thresholds},
+        {lowrank, s->pred_a_offset, lowrank ? (size_t)s->rank * abi_row_size(s->pred_a_type, s->n_embd) : 0,
+         "predictor's matrix A", &layer->pred_a},
+        {predicts, s->pred_b_offset,
+         predicts ? (size_t)s->n_ff * abi_row_size(s->pred_b_type, lowrank ? s->rank : s->n_embd) : 0,
+         "predictor's matrix B", &layer->pred_b},
+        {predicts, s->pred_bias_offset, floats, "predictor's bias", &layer->pred_bias},
+    };
+    for (size_t i = 0; i < sizeof arrays / sizeof arrays[0]; i++) {
+        if (arrays[i].present && read_array(layer, fd, arrays[i].offset, arrays[i].size, arrays[i].what, arrays[i].array,
+                                            err, err_len) != 0)
+            return -1;
     }
     return 0;
 }
@@ -189,6 +353,16 @@ static int scales_read(struct pi_layer *layer, int fd, char *err, size_t err_len
 static int layer_read(struct pi_layer *layer, int fd, int n_threads, char *err, size_t err_len) {
     const int64_t n_chunks = (int64_t)((layer->data_size + READ_CHUNK - 1) / READ_CHUNK);
     int failed = 0;
+    if (arrays_read(layer, fd, err, err_len) != 0) return -1;
+    if (layer->store != NULL) {
+        if (store_fill(layer->store) == 0) return 0;
+        int file;
+        uint64_t offset;
+        const int code = flash_error(layer->model->flash, &file, &offset);
+        snprintf(err, err_len, "layer %d: reading bundles at offset %llu failed: %s", layer->spec.index,
+                 (unsigned long long)offset, code == ENODATA ? "the file ended early" : strerror(code));
+        return -1;
+    }
     int64_t failed_at = 0;
 #pragma omp parallel for num_threads(n_threads) schedule(dynamic)
     for (int64_t c = 0; c < n_chunks; c++) {
@@ -208,13 +382,26 @@ static int layer_read(struct pi_layer *layer, int fd, int n_threads, char *err, 
                  (long long)failed_at, failed == EIO ? "the file ended early or the device failed" : strerror(failed));
         return -1;
     }
-    return layer->spec.down_type == ABI_TYPE_I8 ? scales_read(layer, fd, err, err_len) : 0;
+    return 0;
 }
 
-struct pi_model *pi_model_open(int fd, int n_layers, const struct pi_layer_spec *specs, int activation, char *err,
-                               size_t err_len) {
+static struct flash *open_flash(int fd, const struct pi_flash_spec *spec, char *err, size_t err_len) {
+    const struct flash_options options = {.engine = (enum io_engine)spec->engine,
+                                          .depth = spec->depth,
+                                          .gap = spec->gap < 0 ? 0 : (size_t)spec->gap,
+                                          .run = spec->run < 0 ? 0 : (size_t)spec->run};
+    if (spec->engine < IO_AUTO || spec->engine > IO_THREADS || spec->depth < 0 || spec->depth > 4096 ||
+        spec->run > 64 << 20 || spec->policy < STORE_LFU || spec->policy > STORE_LRU) {
+        snprintf(err, err_len, "bad settings for reading from flash");
+        return NULL;
+    }
+    return flash_open(&fd, 1, &options, err, err_len);
+}
+
+struct pi_model *pi_model_open(int fd, int n_layers, const struct pi_layer_spec *specs, int activation,
+                               const struct pi_flash_spec *flash, char *err, size_t err_len) {
     struct stat st;
-    if (activation < PI_ACT_NATIVE || activation > PI_ACT_DRELU || n_layers < 0 || n_layers > 65536) {
+    if (activation < PI_ACT_NATIVE || activation > PI_ACT_GELU || n_layers < 0 || n_layers > 65536) {
         snprintf(err, err_len, "unknown activation %d or bad layer count %d", activation, n_layers);
         return NULL;
     }
@@ -229,16 +416,22 @@ struct pi_model *pi_model_open(int fd, int n_layers, const struct pi_layer_spec 
     }
     atomic_init(&model->refs, 1);
     atomic_fetch_add(&live_models, 1);
+    pthread_mutex_init(&model->evaluating, NULL);
     model->activation = (enum pi_activation)activation;
     model->n_layers = n_layers;
     backend_buft_init(&model->buft, model);
-    for (int i = 0; i < n_layers; i++) {
-        if (layer_init(&model->layers[i], model, &specs[i], (int64_t)st.st_size, err, err_len) != 0) {
-            pi_model_unref(model);
-            return NULL;
-        }
+    bool ok = true;
+    if (flash != NULL) {
+        model->flash = open_flash(fd, flash, err, err_len);
+        ok = model->flash != NULL;
     }
-    return model;
+    const enum store_policy policy = flash == NULL ? STORE_LFU : (enum store_policy)flash->policy;
+    for (int i = 0; ok && i < n_layers; i++) {
+        ok = layer_init(&model->layers[i], model, &specs[i], (int64_t)st.st_size, policy, err, err_len) == 0;
+    }
+    if (ok) return model;
+    pi_model_unref(model);
+    return NULL;
 }
 
 int pi_model_read(struct pi_model *model, int fd, int n_threads, char *err, size_t err_len) {

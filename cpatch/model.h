@@ -12,11 +12,14 @@
 
 #include "ggml_abi.h"
 #include "powerinfer.h"
+#include "store.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 
 enum pi_role {
     PI_ROLE_PLAIN, /* an ordinary tensor somebody put in our buffer (LoRA adapters do) */
+    PI_ROLE_GATE,
     PI_ROLE_UP,
     PI_ROLE_DOWN,
 };
@@ -45,13 +48,16 @@ struct pi_counters {
 
 struct pi_layer {
     struct pi_model *model;
-    struct pi_layer_spec spec; /* names are copied into up_name / down_name below */
-    char up_name[ABI_MAX_NAME], down_name[ABI_MAX_NAME];
+    struct pi_layer_spec spec; /* names are copied into the arrays below */
+    char gate_name[ABI_MAX_NAME], up_name[ABI_MAX_NAME], down_name[ABI_MAX_NAME];
     int32_t *order; /* NULL: neurons are stored in the source's order */
-    uint8_t *data;  /* n_expert (or 1) x n_ff x stride bytes, page aligned */
+    uint8_t *data;  /* n_expert (or 1) x n_ff x stride bytes, page aligned; NULL when there is a store */
     size_t data_size;
+    struct store *store; /* NULL: everything is in data */
     uint16_t *scales; /* the table of spec.scale_offset; NULL unless down_type is I8 */
-    struct pi_weight up, down;
+    uint8_t *pred_a, *pred_b;   /* the predictor's matrices, NULL where there are none */
+    float *pred_bias, *thresholds;
+    struct pi_weight gate, up, down;
     struct pi_counters counters[2];
 };
 
@@ -60,9 +66,33 @@ struct pi_model {
     atomic_int refs;
     enum pi_activation activation;
     atomic_bool dense; /* compute every neuron: the reference path */
+    struct flash *flash; /* NULL: nothing is streamed */
+    pthread_mutex_t evaluating; /* held while a layer with a store is evaluated: its rounds are for one at a time */
     int n_layers;
     struct pi_layer layers[];
 };
+
+/* Where neuron j (as stored) of an expert lies in a bundle tensor. */
+static inline int64_t pi_unit(const struct pi_layer *layer, int expert, int64_t j) {
+    return expert * layer->spec.n_ff + j;
+}
+
+/* A neuron's bundle; in a store it must be there (store_ready). */
+static inline const uint8_t *pi_bundle(const struct pi_layer *layer, int expert, int64_t j) {
+    const int64_t unit = pi_unit(layer, expert, j);
+    return layer->store != NULL ? store_unit(layer->store, (uint32_t)unit) : layer->data + unit * layer->spec.stride;
+}
+
+/* Has the predictor a hidden layer, A x? */
+static inline bool pi_has_hidden(int predictor) {
+    return predictor == PI_PREDICT_LOWRANK || predictor == PI_PREDICT_LINEAR;
+}
+
+/* Does the backend compute the activation itself, or is it stock's (PI_ACT_NATIVE)? */
+static inline bool pi_activates(const struct pi_layer *layer) {
+    return layer->model->activation >= PI_ACT_RELU &&
+           (layer->model->activation <= PI_ACT_DRELU || layer->thresholds != NULL);
+}
 
 void pi_model_ref(struct pi_model *model);
 void pi_model_unref(struct pi_model *model);

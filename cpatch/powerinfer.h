@@ -12,36 +12,69 @@
 #include <stdint.h>
 #include <stdio.h>
 
-/* What the FFN computes from the deciding product g (gate, or up when ungated) and u (up). */
+/* What the FFN computes from the deciding product g (gate, or up when ungated) and u (up; 1 when ungated). */
 enum pi_activation {
-    PI_ACT_NATIVE = 0, /* whatever operator stock's graph has (silu, gelu): nothing is skipped */
+    PI_ACT_NATIVE = 0, /* whatever operator stock's graph has: nothing is skipped */
     PI_ACT_RELU = 1,   /* relu(g) * u */
     PI_ACT_RELU2 = 2,  /* relu(g)^2 * u */
     PI_ACT_DRELU = 3,  /* relu(g) * relu(u), Turbo Sparse, arXiv 2406.05955 */
+    PI_ACT_SILU = 4,   /* silu(g) * u: neurons are skipped only below thresholds */
+    PI_ACT_GELU = 5,   /* gelu(g) * u, the tanh form */
 };
 
-/* One FFN layer of a sparse-GGUF, docs/FORMAT.md. Sizes in bytes unless they count something. */
+enum pi_predictor {
+    PI_PREDICT_NONE = 0,    /* the deciding product is given: stock computes it */
+    PI_PREDICT_LOWRANK = 1, /* neuron j is computed when dot(B_j, relu(A x)) + bias_j > 0 */
+    PI_PREDICT_DIRECT = 2,  /* when dot(B_j, x) + bias_j > 0: B is a coarse copy of the deciding matrix */
+    PI_PREDICT_LINEAR = 3,  /* when dot(B_j, A x) + bias_j > 0 */
+};
+
+/* One FFN layer of a sparse-GGUF, docs/FORMAT.md. Sizes in bytes unless they count something; offsets within a bundle,
+ * or, where their comment says so, in the file. */
 struct pi_layer_spec {
     int index;             /* N of blk.N */
-    const char *up_name;   /* blk.N.ffn_up.weight or ..._exps.weight; NULL when up is not in the bundle (ungated) */
-    const char *down_name; /* blk.N.ffn_down.weight or ..._exps.weight */
+    bool gated;
+    const char *gate_name; /* blk.N.ffn_gate.weight: the tensors of llama.cpp's whose rows are in the bundle; else NULL */
+    const char *up_name;   /* blk.N.ffn_up.weight or ..._exps.weight */
+    const char *down_name; /* always in the bundle */
     int64_t n_embd, n_ff;
     int64_t n_expert;      /* 0: a dense FFN */
     int64_t stride;        /* from one neuron's bundle to the next */
-    int64_t up_offset;     /* of the up row in the bundle; unused when up_name is NULL */
-    int64_t down_offset;   /* of the down column in the bundle */
-    int up_type;           /* ggml types of the stored segments */
-    int down_type;         /* I8: columns of integers whose scales are in a table, see scale_offset */
+    int64_t gate_offset, up_offset, down_offset; /* of the segments, in this order */
+    int gate_type, up_type, down_type; /* ggml types of the stored segments; down_type I8: see scale_offset */
     int down_source_type;  /* ggml type of ffn_down as llama.cpp is shown it */
     int64_t scale_offset;  /* where the table of scales begins in the file; unused unless down_type is I8.
                               [max(n_expert, 1)][n_ff / 32][n_embd] halves, by source neuron: the blocks of the source
                               run along neurons, so 32 neurons share a row. Lossless, unlike blocking columns anew. */
     const int32_t *order;  /* [max(n_expert, 1)][n_ff] stored -> source index where they differ, else NULL; copied */
     int64_t file_offset;   /* where the bundle tensor begins in the file */
+    int predictor;         /* enum pi_predictor; not NONE: the deciding matrix is in the bundle, n_expert is 0 */
+    int64_t rank;          /* rows of A */
+    int pred_a_type, pred_b_type; /* ggml types of A, rows of n_embd, and B, n_ff rows of rank (direct: n_embd) */
+    int64_t pred_a_offset, pred_b_offset, pred_bias_offset; /* in the file; bias: [n_ff] floats, stored order */
+    int64_t threshold_offset; /* in the file: [max(n_expert, 1)][n_ff] floats; neuron j counts when |act(g)| is at least
+                                 this much. 0: none */
+    int64_t n_slots;       /* neurons of this layer that may be in memory; 0: all of them, read when loading */
+    int64_t n_hot;         /* of these, the first n_hot never leave it */
+};
+
+/* How to read what is not in memory. */
+struct pi_flash_spec {
+    int engine;   /* enum io_engine: 0 chooses */
+    int depth;    /* reads in flight; 0: default */
+    int64_t gap;  /* bytes that are read through rather than skipped between two wanted neurons */
+    int64_t run;  /* longest read of several neurons */
+    int policy;   /* enum store_policy */
 };
 
 struct pi_layer_stats {
     uint64_t calls, rows, neurons, selected, fired, touched, ns;
+};
+
+/* Counters of what was streamed, docs in store.h. */
+struct pi_flash_stats {
+    uint64_t wanted, missed, bytes, prefetched, useful, wasted, wait_ns;
+    uint64_t reads, read_bytes; /* of the io, alignment and gaps included; for the whole model */
 };
 
 struct pi_model;
@@ -54,13 +87,17 @@ int pi_init(const char *lib_dir, char *err, size_t err_len);
 const char *pi_ggml_version(void);
 
 /* Checks every offset and size of the specs against the file and the types, and reserves memory for the bundles.
- * NULL on bad specs or lack of memory. */
-struct pi_model *pi_model_open(int fd, int n_layers, const struct pi_layer_spec *specs, int activation, char *err,
-                               size_t err_len);
+ * flash: NULL when no layer has n_slots. NULL on bad specs or lack of memory. */
+struct pi_model *pi_model_open(int fd, int n_layers, const struct pi_layer_spec *specs, int activation,
+                               const struct pi_flash_spec *flash, char *err, size_t err_len);
 
-/* Reads the bundles of all layers from the same fd; before that, nothing may be computed. Can go on beside llama.cpp's
- * own loading. n_threads: how many reads run side by side. -1 on short or failed reads or lack of memory. */
+/* Reads the bundles of all layers from the same fd (those with n_slots: as many as have a slot); before that, nothing may
+ * be computed. Can go on beside llama.cpp's own loading. n_threads: how many reads run side by side. -1 on short or
+ * failed reads or lack of memory. */
 int pi_model_read(struct pi_model *model, int fd, int n_threads, char *err, size_t err_len);
+
+/* The first read that failed since the last call: 0, or its errno (ESTALE: the file has changed), with the position. */
+int pi_model_error(struct pi_model *model, int *file, int64_t *offset);
 void pi_model_close(struct pi_model *model); /* drops the opener's reference */
 
 /* The ggml_backend_buffer_type_t to name in llama_model_params.tensor_buft_overrides. */
@@ -71,12 +108,14 @@ void pi_model_set_dense(struct pi_model *model, bool dense);
 
 /* Copies the counters of layer i (0-based position, not blk index); phase 0: decode, 1: larger ubatches. */
 int pi_model_stats(struct pi_model *model, int i, int phase, struct pi_layer_stats *out);
+int pi_model_flash_stats(struct pi_model *model, int i, struct pi_flash_stats *out);
 void pi_model_reset_stats(struct pi_model *model);
 
 /* Evaluates layer i on plain arrays, without llama.cpp: for tests and kernel benchmarks.
- * expert: [n_rows], NULL for a dense FFN; x: [n_rows][n_embd] input of up, NULL when ungated; g: [n_rows][n_ff] the
- * deciding product (ungated: the activation itself); h: [n_rows][n_ff] receives the activation, NULL when ungated, may
- * be g; out: [n_rows][n_embd]. Counts into phase n_rows > 1. Returns 0, or -1: bad arguments or out of memory. */
+ * expert: [n_rows], NULL for a dense FFN; x: [n_rows][n_embd] input of the FFN, NULL where only down is in the bundle;
+ * g: [n_rows][n_ff] the deciding product (ungated: the activation itself), NULL where a predictor decides; h:
+ * [n_rows][n_ff] receives the activation, NULL where only down is in the bundle, may be g; out: [n_rows][n_embd]. Counts
+ * into phase n_rows > 1. Returns 0, or -1: bad arguments, out of memory, or a read that failed. */
 int pi_ffn(struct pi_model *model, int i, int n_rows, const int32_t *expert, const float *x, const float *g, float *h,
            float *out, int n_threads);
 

@@ -40,6 +40,7 @@ static void fill(struct weights *w) {
 
 static struct pi_model *open_model(const struct weights *w, char *err, size_t err_len) {
     const struct pi_layer_spec spec = {
+        .gated = true,
         .up_name = "blk.0.ffn_up.weight",
         .down_name = "blk.0.ffn_down.weight",
         .n_embd = N_EMBD,
@@ -56,7 +57,7 @@ static struct pi_model *open_model(const struct weights *w, char *err, size_t er
         if (fd >= 0) close(fd);
         return NULL;
     }
-    struct pi_model *model = pi_model_open(fd, 1, &spec, PI_ACT_RELU, err, err_len);
+    struct pi_model *model = pi_model_open(fd, 1, &spec, PI_ACT_RELU, NULL, err, err_len);
     if (model != NULL && pi_model_read(model, fd, 1, err, err_len) != 0) {
         pi_model_close(model);
         model = NULL;

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ from powerinfer_ext.errors import PowerInferError
 SUPPORTED_VERSIONS = ("0.3.36",)
 MODES = ("exact", "dense")
 
-# enum pi_activation: silu and gelu are what stock's own graphs compute, so nothing is overridden for them.
-_ACTIVATIONS = {"silu": 0, "gelu": 0, "relu": 1, "relu2": 2, "drelu": 3}
+# enum pi_activation. silu and gelu stay stock's to compute, except where there are thresholds.
+_ACTIVATIONS = {"relu": 1, "relu2": 2, "drelu": 3, "silu": 4, "gelu": 5}
+_PREDICTORS = {"lowrank": 1, "direct": 2, "linear": 3}  # enum pi_predictor
 _ERROR_SIZE = 512
 
 _lock = threading.Lock()
@@ -212,32 +214,53 @@ def load(
 def _open_model(ffi: Any, lib: Any, sparse: SparseGGUF, layers: list[SparseLayer], message: Any, name: str) -> Any:
     """struct pi_model *, its bundles not read yet; garbage collected."""
     specs = ffi.new("struct pi_layer_spec[]", max(len(layers), 1))
-    kept = []  # what the specs point to, until pi_model_open has copied it
+    kept: list[Any] = []  # what the specs point to, until pi_model_open has copied it
     for spec, layer in zip(specs, layers, strict=False):
-        spec.index = layer.index
-        for field, text in (
-            ("up_name", layer.up_name if sparse.gated else None),
-            ("down_name", layer.down_name),
-        ):
-            if text is not None:
-                kept.append(ffi.new("char[]", text.encode()))
-                setattr(spec, field, kept[-1])
-        spec.n_embd, spec.n_ff, spec.n_expert = layer.n_embd, layer.n_ff, layer.n_expert
-        spec.stride, spec.up_offset, spec.down_offset = layer.stride, layer.up_offset, layer.down_offset
-        spec.up_type = layer.up_type if layer.up_type is not None else -1
-        spec.down_type, spec.down_source_type = layer.down_type, layer.source_down_type
-        if (layer.order != range(layer.n_ff)).any():
-            kept.append(ffi.from_buffer("int32_t[]", layer.order))
-            spec.order = kept[-1]
-        spec.file_offset = layer.bundle.offset
-        if layer.scale_tensor is not None:
-            spec.scale_offset = layer.scale_tensor.offset
-    model = lib.pi_model_open(
-        sparse.file.fd, len(layers), specs, _ACTIVATIONS[sparse.activation], message, _ERROR_SIZE
-    )
+        _fill_spec(ffi, spec, layer, kept)
+    activation = _ACTIVATIONS[sparse.activation]
+    model = lib.pi_model_open(sparse.file.fd, len(layers), specs, activation, ffi.NULL, message, _ERROR_SIZE)
     if model == ffi.NULL:
         raise PowerInferError(f"{name}: {ffi.string(message).decode()}")
     return ffi.gc(model, lib.pi_model_close)
+
+
+def _fill_spec(ffi: Any, spec: Any, layer: SparseLayer, kept: list[Any]) -> None:
+    """struct pi_layer_spec of a layer; what it points to is appended to `kept`."""
+
+    def name(text: str | None) -> Any:
+        if text is None:
+            return ffi.NULL
+        kept.append(ffi.new("char[]", text.encode()))
+        return kept[-1]
+
+    spec.index, spec.gated = layer.index, layer.gated
+    spec.gate_name, spec.up_name, spec.down_name = (name(tensor) for tensor in _bundled_names(layer))
+    spec.n_embd, spec.n_ff, spec.n_expert = layer.n_embd, layer.n_ff, layer.n_expert
+    spec.stride, spec.file_offset = layer.stride, layer.bundle.offset
+    spec.gate_offset, spec.up_offset, spec.down_offset = layer.gate_offset or 0, layer.up_offset, layer.down_offset
+    spec.gate_type = -1 if layer.gate_type is None else layer.gate_type
+    spec.up_type = -1 if layer.up_type is None else layer.up_type
+    spec.down_type, spec.down_source_type = layer.down_type, layer.source_down_type
+    if (layer.order != range(layer.n_ff)).any():
+        kept.append(ffi.from_buffer("int32_t[]", layer.order))
+        spec.order = kept[-1]
+    if layer.scale_tensor is not None:
+        spec.scale_offset = layer.scale_tensor.offset
+    if layer.threshold_tensor is not None:
+        spec.threshold_offset = layer.threshold_tensor.offset
+    predictor = layer.predictor
+    if predictor is not None:
+        spec.predictor, spec.rank = _PREDICTORS[predictor.kind], predictor.rank
+        if predictor.a_tensor is not None:
+            spec.pred_a_type, spec.pred_a_offset = predictor.a_tensor.type, predictor.a_tensor.offset
+        spec.pred_b_type, spec.pred_b_offset = predictor.b_tensor.type, predictor.b_tensor.offset
+        spec.pred_bias_offset = predictor.bias_tensor.offset
+
+
+def _bundled_names(layer: SparseLayer) -> tuple[str | None, str | None, str]:
+    """Names of the source's gate, up and down tensor, as far as they are in the bundle."""
+    gate = layer.gate_name if layer.gate_type is not None else None
+    return gate, layer.up_name if layer.up_type is not None else None, layer.down_name
 
 
 def _load_stream(ffi: Any, lib: Any, virtual: Any, model: Any, layers: list[SparseLayer], params: Any) -> int | None:
@@ -247,11 +270,8 @@ def _load_stream(ffi: Any, lib: Any, virtual: Any, model: Any, layers: list[Spar
     ours.check_tensors = False  # would look at the bytes of holes
     overrides = (_BufferTypeOverride * 2)()
     if layers:
-        suffixes = sorted({layer.suffix for layer in layers})
-        pattern = rf"^blk\.[0-9]+\.ffn_(up|down)({'|'.join(suffixes)})\.weight$"
-        if layers[0].up_type is None:
-            pattern = pattern.replace("(up|down)", "down")
-        overrides[0].pattern = pattern.encode()
+        names = [name for layer in layers for name in _bundled_names(layer) if name is not None]
+        overrides[0].pattern = rf"^({'|'.join(map(re.escape, names))})$".encode()
         overrides[0].buffer_type = int(ffi.cast("uintptr_t", lib.pi_model_buft(model)))
         ours.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
     stream = int(ffi.cast("uintptr_t", lib.pi_vgguf_file(virtual)))

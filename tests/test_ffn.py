@@ -59,14 +59,14 @@ def open_layer(
     spec = ffi.new("struct pi_layer_spec[1]")
     spec[0].index, spec[0].down_name = 7, names[1]
     if gated:
-        spec[0].up_name, spec[0].up_type = names[0], TYPES[quant]
+        spec[0].gated, spec[0].up_name, spec[0].up_type = True, names[0], TYPES[quant]
     spec[0].n_embd, spec[0].n_ff, spec[0].n_expert = N_EMBD, N_FF, experts
     spec[0].stride, spec[0].down_offset = bundles.shape[1], segment * gated
     spec[0].down_type, spec[0].down_source_type = TYPES[quant], 0
     spec[0].file_offset = 128
     message = ffi.new("char[]", 256)
     with open(path, "rb") as file:
-        model = lib.pi_model_open(file.fileno(), 1, spec, activation, message, 256)
+        model = lib.pi_model_open(file.fileno(), 1, spec, activation, ffi.NULL, message, 256)
         assert model != ffi.NULL, ffi.string(message)
         assert lib.pi_model_read(model, file.fileno(), 2, message, 256) == 0, ffi.string(message)
     up, down = (exact[0], exact[1]) if gated else (None, exact[0])
@@ -94,11 +94,11 @@ def open_scaled_layer(
     spec[0].order = ffi.cast("int32_t *", order.ctypes.data)
     message = ffi.new("char[]", 256)
     with open(path, "rb") as file:
-        model = lib.pi_model_open(file.fileno(), 1, spec, NATIVE, message, 256)
+        model = lib.pi_model_open(file.fileno(), 1, spec, NATIVE, ffi.NULL, message, 256)
         assert model != ffi.NULL, ffi.string(message)
         assert lib.pi_model_read(model, file.fileno(), 1, message, 256) == 0, ffi.string(message)
         spec[0].scale_offset += 2
-        assert lib.pi_model_open(file.fileno(), 1, spec, NATIVE, message, 256) == ffi.NULL
+        assert lib.pi_model_open(file.fileno(), 1, spec, NATIVE, ffi.NULL, message, 256) == ffi.NULL
         assert b"table of scales" in ffi.string(message)
     table = np.take_along_axis(scales.astype(np.float64), (order // 32)[:, :, None], axis=1)
     return columns * table, ffi.gc(model, lib.pi_model_close)
@@ -302,6 +302,7 @@ def test_specs_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, int
         "stride": 2048,
         "down_offset": 1024,
         "file_offset": 128,
+        "gated": True,
         "up_name": up,
         "down_name": down,
         **change,
@@ -311,7 +312,7 @@ def test_specs_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, int
     message = ffi.new("char[]", 256)
     live = lib.pi_model_count()
     with open(path, "rb") as file:
-        model = lib.pi_model_open(file.fileno(), 1, spec, RELU, message, 256)
+        model = lib.pi_model_open(file.fileno(), 1, spec, RELU, ffi.NULL, message, 256)
     assert model == ffi.NULL
     assert words in ffi.string(message).decode()
     assert lib.pi_model_count() == live
@@ -329,7 +330,7 @@ def test_a_file_that_shrinks_before_it_is_read_is_an_error(tmp_path: Path, kept:
     spec[0].down_type, spec[0].file_offset, spec[0].scale_offset = 24, 128, 128 + N_FF * N_EMBD
     message = ffi.new("char[]", 256)
     with open(path, "rb") as file:
-        model = lib.pi_model_open(file.fileno(), 1, spec, NATIVE, message, 256)
+        model = lib.pi_model_open(file.fileno(), 1, spec, NATIVE, ffi.NULL, message, 256)
         assert model != ffi.NULL, ffi.string(message)
         model = ffi.gc(model, lib.pi_model_close)
         assert lib.pi_model_read(model, file.fileno(), 2, message, 256) == 0
@@ -345,7 +346,7 @@ def test_a_file_that_cannot_be_read_is_an_error() -> None:
     os.close(reader)
     spec = ffi.new("struct pi_layer_spec[1]")
     message = ffi.new("char[]", 256)
-    assert lib.pi_model_open(reader, 1, spec, RELU, message, 256) == ffi.NULL
+    assert lib.pi_model_open(reader, 1, spec, RELU, ffi.NULL, message, 256) == ffi.NULL
     assert "stat" in ffi.string(message).decode()
 
 

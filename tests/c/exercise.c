@@ -54,12 +54,12 @@ static void ffn_round(int type, bool gated, bool mixture, int activation) {
         }
     }
     const struct pi_layer_spec spec = {
-        .index = 3, .up_name = gated ? "blk.3.ffn_up.weight" : NULL, .down_name = "blk.3.ffn_down.weight",
+        .index = 3, .gated = gated, .up_name = gated ? "blk.3.ffn_up.weight" : NULL, .down_name = "blk.3.ffn_down.weight",
         .n_embd = N_EMBD, .n_ff = N_FF, .n_expert = mixture ? EXPERTS : 0, .stride = 2048,
         .down_offset = gated ? 1024 : 0, .up_type = type, .down_type = type, .down_source_type = 0};
     char err[256] = "";
     const int fd = memory_file(bundles, (size_t)experts * N_FF * 2048);
-    struct pi_model *model = pi_model_open(fd, 1, &spec, activation, err, sizeof err);
+    struct pi_model *model = pi_model_open(fd, 1, &spec, activation, NULL, err, sizeof err);
     if (model == NULL || pi_model_read(model, fd, 2, err, sizeof err) != 0) die("open", err);
     close(fd);
     float *x = malloc(MAX_ROWS * N_EMBD * sizeof(float)), *g = malloc(MAX_ROWS * N_FF * sizeof(float));
@@ -91,7 +91,7 @@ static void fuzz_specs(int rounds) {
     const int fd = memory_file(data, sizeof data);
     const int64_t odd[] = {0, 1, -1, 32, 64, 256, 1024, 2048, 65535, 65536, INT32_MAX, INT64_MAX, INT64_MIN};
     for (int i = 0; i < rounds; i++) {
-        struct pi_layer_spec spec = {.up_name = "blk.0.ffn_up.weight", .down_name = "blk.0.ffn_down.weight",
+        struct pi_layer_spec spec = {.gated = true, .up_name = "blk.0.ffn_up.weight", .down_name = "blk.0.ffn_down.weight",
                                      .n_embd = 32, .n_ff = 32, .stride = 256, .down_offset = 128};
         int64_t *fields[] = {&spec.n_embd, &spec.n_ff, &spec.n_expert, &spec.stride, &spec.up_offset,
                              &spec.down_offset, &spec.file_offset};
@@ -99,7 +99,7 @@ static void fuzz_specs(int rounds) {
         if (next_random() % 4 == 0) spec.down_type = (int)(next_random() % 60) - 5;
         if (next_random() % 4 == 0) spec.up_type = (int)(next_random() % 60) - 5;
         char err[128];
-        struct pi_model *model = pi_model_open(fd, 1, &spec, 1, err, sizeof err);
+        struct pi_model *model = pi_model_open(fd, 1, &spec, 1, NULL, err, sizeof err);
         if (model != NULL) (void)pi_model_read(model, fd, 1, err, sizeof err);
         pi_model_close(model);
     }

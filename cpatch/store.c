@@ -1,0 +1,488 @@
+/* store.c - see store.h. */
+#define _GNU_SOURCE
+#include "store.h"
+
+#include <errno.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+    MAX_PENDING = 4096,  /* reads queued or in flight */
+    MAX_BATCH = 64,      /* reads handed to the io, and completions taken from it, at once */
+    DEFAULT_DEPTH = 64,
+    SAMPLES = 12,        /* slots that are compared to find one to evict */
+    AGE_ROUNDS = 64      /* uses are halved so often: the half-life of the LFU policy, in tokens */
+};
+
+/* A read that is queued or in flight: units first..last of a store, into staging memory or straight into a slot. */
+struct pending {
+    struct store *store;
+    uint32_t first, last;
+    int staging; /* index, -1: direct or not submitted yet */
+};
+
+struct flash {
+    struct io *io;
+    atomic_flag lock;
+    struct flash_options options;
+    int n_files;
+    int *fds;
+    struct stat *stats; /* of the files as they were opened */
+    struct pending pending[MAX_PENDING];
+    int free_pending[MAX_PENDING], n_free_pending;
+    int queue[MAX_PENDING], queue_head, queue_size; /* read numbers in order, not submitted yet */
+    uint8_t *staging;
+    size_t staging_size; /* of one buffer */
+    int *free_staging, n_free_staging, n_staging;
+    int error, error_file;
+    uint64_t error_offset;
+    atomic_bool stale;
+};
+
+static void lock(struct flash *f) {
+    while (atomic_flag_test_and_set_explicit(&f->lock, memory_order_acquire)) sched_yield();
+}
+
+static void unlock(struct flash *f) {
+    atomic_flag_clear_explicit(&f->lock, memory_order_release);
+}
+
+struct io *flash_io(struct flash *flash) {
+    return flash->io;
+}
+
+static void record_error(struct flash *f, int error, int file, uint64_t offset) {
+    if (f->error != 0) return;
+    f->error = error;
+    f->error_file = file;
+    f->error_offset = offset;
+}
+
+int flash_error(struct flash *f, int *file, uint64_t *offset) {
+    lock(f);
+    const int error = f->error;
+    *file = f->error_file;
+    *offset = f->error_offset;
+    f->error = 0;
+    unlock(f);
+    return error;
+}
+
+static bool flash_memory(struct flash *f) {
+    const size_t align = io_align(f->io);
+    f->staging_size = (f->options.run + 2 * align + 4095) & ~(size_t)4095;
+    f->n_staging = f->options.depth;
+    void *staging = mmap(NULL, f->staging_size * (size_t)f->n_staging, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    f->staging = staging == MAP_FAILED ? NULL : staging;
+    f->free_staging = calloc((size_t)f->n_staging, sizeof *f->free_staging);
+    if (f->staging == NULL || f->free_staging == NULL) return false;
+    (void)io_register(f->io, f->staging, f->staging_size * (size_t)f->n_staging); /* costs only time if refused */
+    for (int i = 0; i < f->n_staging; i++) f->free_staging[f->n_free_staging++] = i;
+    for (int i = 0; i < MAX_PENDING; i++) f->free_pending[f->n_free_pending++] = MAX_PENDING - 1 - i;
+    return true;
+}
+
+struct flash *flash_open(const int *fds, int n_files, const struct flash_options *options, char *err, size_t err_len) {
+    struct flash *f = calloc(1, sizeof *f);
+    if (f == NULL) {
+        snprintf(err, err_len, "no memory for the queue of reads");
+        return NULL;
+    }
+    f->options = *options;
+    if (f->options.depth < 1) f->options.depth = DEFAULT_DEPTH;
+    if (f->options.run < 4096) f->options.run = 4096;
+    atomic_flag_clear(&f->lock);
+    f->fds = calloc((size_t)n_files, sizeof *f->fds);
+    f->stats = calloc((size_t)n_files, sizeof *f->stats);
+    if (f->fds == NULL || f->stats == NULL) {
+        snprintf(err, err_len, "no memory for %d files", n_files);
+        flash_close(f);
+        return NULL;
+    }
+    for (; f->n_files < n_files; f->n_files++) {
+        f->fds[f->n_files] = dup(fds[f->n_files]);
+        if (f->fds[f->n_files] < 0 || fstat(f->fds[f->n_files], &f->stats[f->n_files]) != 0) {
+            snprintf(err, err_len, "cannot open file %d again: %s", f->n_files, strerror(errno));
+            f->n_files += f->fds[f->n_files] >= 0;
+            flash_close(f);
+            return NULL;
+        }
+    }
+    const struct io_options io_options = {.engine = options->engine, .depth = f->options.depth};
+    f->io = io_open(fds, n_files, &io_options, err, err_len);
+    if (f->io != NULL && flash_memory(f)) return f;
+    if (f->io != NULL) snprintf(err, err_len, "no memory for reading from flash");
+    flash_close(f);
+    return NULL;
+}
+
+void flash_close(struct flash *f) {
+    if (f == NULL) return;
+    io_close(f->io);
+    if (f->staging != NULL) munmap(f->staging, f->staging_size * (size_t)f->n_staging);
+    for (int i = 0; i < f->n_files; i++) close(f->fds[i]);
+    free(f->fds);
+    free(f->stats);
+    free(f->free_staging);
+    free(f);
+}
+
+static uint64_t unit_offset(const struct store *s, uint32_t unit) {
+    return s->spec.offset + unit * s->spec.unit_size;
+}
+
+static struct io_read read_of(const struct pending *p, int tag, uint8_t *dst) {
+    const struct store *s = p->store;
+    return (struct io_read){.file = s->spec.file,
+                            .offset = unit_offset(s, p->first),
+                            .size = (uint32_t)((p->last - p->first + 1) * s->spec.unit_size),
+                            .dst = dst,
+                            .tag = (uint64_t)tag};
+}
+
+/* Submits what is queued, as far as staging memory and the io take it. Call with the lock held. */
+static void pump(struct flash *f) {
+    while (f->queue_size > 0) {
+        struct io_read reads[MAX_BATCH];
+        int n = 0;
+        while (n < f->queue_size && n < MAX_BATCH) {
+            const int tag = f->queue[(f->queue_head + n) % MAX_PENDING];
+            struct pending *p = &f->pending[tag];
+            const struct store *s = p->store;
+            if (s->direct) {
+                reads[n] = read_of(p, tag, s->slots + (size_t)s->slot_of[p->first] * s->slot_size);
+            } else {
+                if (p->staging < 0 && f->n_free_staging == 0) break;
+                if (p->staging < 0) p->staging = f->free_staging[--f->n_free_staging];
+                reads[n] = read_of(p, tag, f->staging + (size_t)p->staging * f->staging_size);
+            }
+            n++;
+        }
+        if (n == 0) return;
+        const int taken = io_submit(f->io, reads, n);
+        for (int i = n - 1; i >= taken; i--) { /* their staging memory may serve others first */
+            struct pending *p = &f->pending[reads[i].tag];
+            if (p->staging >= 0) f->free_staging[f->n_free_staging++] = p->staging;
+            p->staging = -1;
+        }
+        f->queue_head = (f->queue_head + taken) % MAX_PENDING;
+        f->queue_size -= taken;
+        if (taken < n) return;
+    }
+}
+
+static void drop_slot(struct store *s, int32_t slot) {
+    atomic_store_explicit(&s->slot_of[s->unit_of[slot]], -1, memory_order_relaxed);
+    s->unit_of[slot] = -1;
+    s->ahead[slot] = 0;
+    s->n_empty++;
+    if ((uint32_t)slot < s->cursor) s->cursor = (uint32_t)slot;
+    atomic_store_explicit(&s->state[slot], STORE_EMPTY, memory_order_release);
+}
+
+/* Serves every unit of a finished read that is still wanted from it. Call with the lock held. */
+static void complete(struct flash *f, const struct io_done *done) {
+    struct pending *p = &f->pending[done->tag];
+    struct store *s = p->store;
+    if (done->error != 0) record_error(f, done->error, done->file, done->offset);
+    const uint8_t *from = s->direct ? NULL : f->staging + (size_t)p->staging * f->staging_size +
+                                                 (unit_offset(s, p->first) & (s->align - 1));
+    for (uint32_t u = p->first; u <= p->last; u++) {
+        const int32_t slot = s->slot_of[u];
+        if (slot < 0 || s->state[slot] != STORE_LOADING) continue;
+        if (done->error != 0) {
+            drop_slot(s, slot);
+            continue;
+        }
+        if (from != NULL) {
+            memcpy(s->slots + (size_t)slot * s->slot_size, from + (size_t)(u - p->first) * s->spec.unit_size,
+                   s->spec.unit_size);
+        }
+        atomic_store_explicit(&s->state[slot], STORE_READY, memory_order_release);
+    }
+    if (p->staging >= 0) f->free_staging[f->n_free_staging++] = p->staging;
+    f->free_pending[f->n_free_pending++] = (int)done->tag;
+}
+
+bool flash_progress(struct flash *f, bool wait) {
+    struct io_done done[MAX_BATCH];
+    if (atomic_flag_test_and_set_explicit(&f->lock, memory_order_acquire)) {
+        if (wait) sched_yield(); /* somebody else is at it */
+        return false;
+    }
+    pump(f);
+    const int n = io_poll(f->io, done, MAX_BATCH, wait);
+    for (int i = 0; i < n; i++) complete(f, &done[i]);
+    if (n > 0) pump(f);
+    unlock(f);
+    return n > 0;
+}
+
+/* ---- stores --------------------------------------------------------------------------------------------------- */
+
+static size_t round64(size_t size) {
+    return (size + 63) & ~(size_t)63;
+}
+
+static bool is_direct(const struct flash *f, uint64_t unit_size) {
+    return unit_size > f->options.run;
+}
+
+size_t store_slot_size(const struct flash *f, uint64_t unit_size) {
+    const size_t align = io_align(f->io);
+    if (!is_direct(f, unit_size)) return round64(unit_size);
+    return ((unit_size + 2 * align - 1) & ~(align - 1)) + (align < 64 ? 64 : 0);
+}
+
+struct store *store_open(struct flash *f, const struct store_spec *spec, char *err, size_t err_len) {
+    struct store *s = calloc(1, sizeof *s);
+    if (s == NULL) goto no_memory;
+    s->flash = f;
+    s->spec = *spec;
+    s->align = io_align(f->io);
+    s->direct = is_direct(f, spec->unit_size);
+    s->slot_size = store_slot_size(f, spec->unit_size);
+    s->random = 0x9e3779b97f4a7c15u;
+    s->n_empty = spec->n_slots;
+    uint64_t end;
+    if (spec->file < 0 || spec->file >= f->n_files || spec->unit_size == 0 || spec->unit_size > INT32_MAX ||
+        spec->n_units == 0 || spec->n_units > INT32_MAX || spec->n_slots == 0 || spec->n_slots > spec->n_units ||
+        spec->n_pinned > spec->n_slots || (spec->n_pinned == spec->n_slots && spec->n_slots < spec->n_units) ||
+        __builtin_mul_overflow(spec->unit_size, (uint64_t)spec->n_units, &end) ||
+        __builtin_add_overflow(end, spec->offset, &end) || end > (uint64_t)f->stats[spec->file].st_size) {
+        snprintf(err, err_len, "a store of %u units of %llu bytes at offset %llu does not fit the file", spec->n_units,
+                 (unsigned long long)spec->unit_size, (unsigned long long)spec->offset);
+        store_close(s);
+        return NULL;
+    }
+    s->slots_size = s->slot_size * spec->n_slots;
+    void *slots = mmap(NULL, s->slots_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    s->slots = slots == MAP_FAILED ? NULL : slots;
+    s->slot_of = malloc(spec->n_units * sizeof *s->slot_of);
+    s->uses = calloc(spec->n_units, sizeof *s->uses);
+    s->unit_of = malloc(spec->n_slots * sizeof *s->unit_of);
+    s->state = calloc(spec->n_slots, sizeof *s->state);
+    s->ahead = calloc(spec->n_slots, sizeof *s->ahead);
+    s->round_of = calloc(spec->n_slots, sizeof *s->round_of);
+    if (s->slots == NULL || s->slot_of == NULL || s->uses == NULL || s->unit_of == NULL || s->state == NULL ||
+        s->ahead == NULL || s->round_of == NULL)
+        goto no_memory;
+    for (uint32_t u = 0; u < spec->n_units; u++) atomic_init(&s->slot_of[u], -1);
+    for (uint32_t i = 0; i < spec->n_slots; i++) s->unit_of[i] = -1;
+    s->round = 2; /* so that slots never used are older than every round */
+    return s;
+no_memory:
+    snprintf(err, err_len, "no memory for %u slots of %llu bytes", spec->n_slots, (unsigned long long)spec->unit_size);
+    store_close(s);
+    return NULL;
+}
+
+void store_close(struct store *s) {
+    if (s == NULL) return;
+    if (s->slots != NULL) munmap(s->slots, s->slots_size);
+    free(s->slot_of);
+    free(s->uses);
+    free(s->unit_of);
+    free(s->state);
+    free(s->ahead);
+    free(s->round_of);
+    free(s);
+}
+
+void store_begin(struct store *s) {
+    lock(s->flash);
+    s->round++;
+    if (s->round % AGE_ROUNDS == 0) {
+        for (uint32_t u = 0; u < s->spec.n_units; u++) s->uses[u] >>= 1;
+    }
+    unlock(s->flash);
+}
+
+/* In this round or in the next somebody needs it. */
+static bool protected_slot(const struct store *s, uint32_t slot) {
+    return s->round_of[slot] - s->round <= 1u;
+}
+
+static bool evictable(const struct store *s, uint32_t slot) {
+    return slot >= s->spec.n_pinned && s->state[slot] == STORE_READY && !protected_slot(s, slot);
+}
+
+/* Is what slot a holds worth less than what slot b holds? */
+static bool worth_less(const struct store *s, uint32_t a, uint32_t b) {
+    const uint32_t age_a = s->round - s->round_of[a], age_b = s->round - s->round_of[b];
+    if (s->spec.policy == STORE_LRU) return age_a > age_b;
+    const uint16_t uses_a = s->uses[s->unit_of[a]], uses_b = s->uses[s->unit_of[b]];
+    return uses_a != uses_b ? uses_a < uses_b : age_a > age_b;
+}
+
+/* A slot to put a unit in, emptied; -1: all are needed. The policy holds among a random sample, which is nearly as good
+ * as among all and costs the same whatever the size. */
+static int32_t take_slot(struct store *s) {
+    if (s->n_empty > 0) {
+        while (s->state[s->cursor] != STORE_EMPTY) s->cursor++;
+        s->n_empty--;
+        return (int32_t)s->cursor;
+    }
+    const uint32_t n = s->spec.n_slots - s->spec.n_pinned;
+    int64_t best = -1;
+    uint32_t start = 0;
+    for (uint32_t i = 0; i < SAMPLES && n > 0; i++) {
+        s->random ^= s->random << 13, s->random ^= s->random >> 7, s->random ^= s->random << 17; /* xorshift64 */
+        start = s->spec.n_pinned + (uint32_t)(s->random % n);
+        if (evictable(s, start) && (best < 0 || worth_less(s, start, (uint32_t)best))) best = start;
+    }
+    for (uint32_t i = 0; i < n && best < 0; i++) {
+        const uint32_t slot = s->spec.n_pinned + (start - s->spec.n_pinned + i) % n;
+        if (evictable(s, slot)) best = slot;
+    }
+    if (best < 0) return -1;
+    s->counters.wasted += s->ahead[best];
+    s->ahead[best] = 0;
+    atomic_store_explicit(&s->slot_of[s->unit_of[best]], -1, memory_order_relaxed);
+    s->unit_of[best] = -1;
+    return (int32_t)best;
+}
+
+/* Queues the run that is being put together. Call with the lock held; a pending read is free (store_want saw to it). */
+static void close_run(struct store *s) {
+    struct flash *f = s->flash;
+    if (!s->run_open) return;
+    s->run_open = false;
+    const int tag = f->free_pending[--f->n_free_pending];
+    f->pending[tag] = (struct pending){.store = s, .first = s->run_first, .last = s->run_last, .staging = -1};
+    f->queue[(f->queue_head + f->queue_size++) % MAX_PENDING] = tag;
+}
+
+/* Whether the unit can join the run: it follows closely, and the read stays short enough. */
+static bool joins_run(const struct store *s, uint32_t unit) {
+    if (!s->run_open || s->direct || unit <= s->run_last) return false;
+    return (unit - s->run_last - 1) * s->spec.unit_size <= s->flash->options.gap &&
+           (unit - s->run_first + 1) * s->spec.unit_size <= s->flash->options.run;
+}
+
+static bool want_missing(struct store *s, uint32_t unit, bool ahead) {
+    struct flash *f = s->flash;
+    const bool joins = joins_run(s, unit);
+    /* The open run needs one read, and this unit perhaps another. */
+    if (!joins && f->n_free_pending < 1 + s->run_open) return false;
+    const int32_t slot = take_slot(s);
+    if (slot < 0) return false;
+    s->unit_of[slot] = (int32_t)unit;
+    s->round_of[slot] = s->round + ahead;
+    s->ahead[slot] = ahead;
+    atomic_store_explicit(&s->state[slot], STORE_LOADING, memory_order_relaxed);
+    atomic_store_explicit(&s->slot_of[unit], slot, memory_order_release);
+    s->counters.bytes += s->spec.unit_size;
+    s->counters.prefetched += ahead;
+    if (!joins) {
+        close_run(s);
+        s->run_open = true;
+        s->run_first = unit;
+    }
+    s->run_last = unit;
+    return true;
+}
+
+static bool want(struct store *s, uint32_t unit, bool ahead) {
+    const int32_t slot = s->slot_of[unit];
+    if (slot < 0) {
+        if (!want_missing(s, unit, ahead)) return false;
+    } else {
+        if (ahead || s->round_of[slot] != s->round + 1) s->round_of[slot] = s->round + ahead;
+        if (!ahead && s->ahead[slot]) {
+            s->counters.useful++;
+            s->ahead[slot] = 0;
+        }
+    }
+    if (!ahead) {
+        s->uses[unit] += s->uses[unit] < UINT16_MAX;
+        s->counters.wanted++;
+        s->counters.missed += slot < 0 || s->state[slot] != STORE_READY;
+    }
+    return true;
+}
+
+int store_want(struct store *s, const int32_t *units, int n, bool ahead) {
+    int i = 0;
+    lock(s->flash);
+    while (i < n && want(s, (uint32_t)units[i], ahead)) i++;
+    unlock(s->flash);
+    return i;
+}
+
+void store_flush(struct store *s) {
+    struct flash *f = s->flash;
+    lock(f);
+    if (s->run_open) { /* reading goes on: see that it is still the file we know. Reading does not change mtime. */
+        struct stat now;
+        const struct stat *then = &f->stats[s->spec.file];
+        if (fstat(f->fds[s->spec.file], &now) != 0 || now.st_size != then->st_size ||
+            now.st_mtim.tv_sec != then->st_mtim.tv_sec || now.st_mtim.tv_nsec != then->st_mtim.tv_nsec) {
+            record_error(f, ESTALE, s->spec.file, unit_offset(s, s->run_first));
+            atomic_store(&f->stale, true);
+        }
+    }
+    close_run(s);
+    pump(f);
+    unlock(f);
+}
+
+void store_release(struct store *s, uint32_t unit) {
+    lock(s->flash);
+    const int32_t slot = s->slot_of[unit];
+    if (slot >= 0 && s->round_of[slot] == s->round) s->round_of[slot] = s->round - 1;
+    unlock(s->flash);
+}
+
+static uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+int store_wait(struct store *s, uint32_t unit) {
+    if (atomic_load_explicit(&s->flash->stale, memory_order_relaxed)) return -1;
+    if (store_ready(s, unit)) return 0;
+    const uint64_t start = now_ns();
+    int result = 0;
+    while (!store_ready(s, unit)) {
+        if (atomic_load_explicit(&s->slot_of[unit], memory_order_acquire) < 0) { /* its read failed */
+            result = -1;
+            break;
+        }
+        (void)flash_progress(s->flash, true);
+    }
+    s->counters.wait_ns += now_ns() - start;
+    return result;
+}
+
+void store_reset_counters(struct store *s) {
+    struct store_counters *c = &s->counters;
+    c->wanted = c->missed = c->bytes = c->prefetched = c->useful = c->wasted = c->wait_ns = 0;
+}
+
+int store_fill(struct store *s) {
+    const uint32_t n = s->spec.n_slots;
+    store_begin(s);
+    for (int32_t u = 0; u < (int32_t)n; u++) {
+        while (store_want(s, &u, 1, false) == 0) {
+            store_flush(s);
+            (void)flash_progress(s->flash, true);
+        }
+    }
+    store_flush(s);
+    for (uint32_t u = 0; u < n; u++) {
+        if (store_wait(s, u) != 0) return -1;
+    }
+    memset(s->uses, 0, s->spec.n_units * sizeof *s->uses);
+    store_reset_counters(s);
+    store_begin(s);
+    store_begin(s);
+    return 0;
+}

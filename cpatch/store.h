@@ -1,0 +1,127 @@
+/* store.h - weights that lie on flash, and the part of them that is in memory.
+ *
+ * A store is a run of equal units in a file: the neurons of a bundle tensor, the experts of a matrix, or tiles of rows
+ * of a dense matrix. Some units are in slots, which are all allocated when the store is opened; the rest is read when
+ * it is wanted. The first n_pinned units (files are stored hot-first) never leave their slots: PowerInfer-2's segmented
+ * cache, arXiv 2406.06282. The others compete under a policy.
+ *
+ * A flash is what the stores of one model share: the io, the queue of reads, staging memory, one lock.
+ *
+ * Small units are read in runs: neighbours, and gaps that are cheaper to read through than to skip, become one read
+ * into staging memory, from which units are copied to their slots. Large units are read straight into their slots.
+ *
+ * Rounds: an evaluation begins a round, wants units, waits for each before it uses it. Units wanted in the current round
+ * (or prefetched for the next) are not evicted. Wanting and beginning is for one thread at a time; waiting and
+ * progressing is for all. The file's bytes never change, so whatever read brings a unit's bytes first serves it. */
+#ifndef POWERINFER_STORE_H
+#define POWERINFER_STORE_H
+
+#include "io.h"
+#include "powerinfer.h"
+
+#include <stdatomic.h>
+
+struct flash;
+
+struct flash_options {
+    enum io_engine engine;
+    int depth;       /* reads in flight; 0: default */
+    size_t gap;      /* bytes of unwanted units that are read through rather than skipped */
+    size_t run;      /* longest read of several units, in bytes; larger units are read on their own */
+};
+
+/* NULL with a sentence in err. The fds are reopened, the caller's stay his. */
+struct flash *flash_open(const int *fds, int n_files, const struct flash_options *options, char *err, size_t err_len);
+void flash_close(struct flash *flash); /* after all its stores; NULL is allowed */
+
+/* Collects what has arrived and submits what waits. Returns whether anything was collected. wait: sleep for it. */
+bool flash_progress(struct flash *flash, bool wait);
+
+/* The first failure since the last call: 0, or an errno with the file's index and the offset. ESTALE: changed. */
+int flash_error(struct flash *flash, int *file, uint64_t *offset);
+
+struct io *flash_io(struct flash *flash);
+
+enum store_policy { STORE_LFU = 0, STORE_LRU = 1 };
+
+struct store_spec {
+    int file;
+    uint64_t offset;    /* of unit 0 in the file */
+    uint64_t unit_size; /* bytes from one unit to the next; all of them are wanted */
+    uint32_t n_units;
+    uint32_t n_slots;   /* at least 1, at most n_units */
+    uint32_t n_pinned;  /* at most n_slots - 1, unless everything has a slot */
+    enum store_policy policy;
+};
+
+enum { STORE_EMPTY = 0, STORE_LOADING = 1, STORE_READY = 2 };
+
+struct store_counters {
+    _Atomic uint64_t wanted, missed; /* units; a unit that is still on its way counts as missed */
+    _Atomic uint64_t bytes;          /* of units that were read because they were wanted or prefetched */
+    _Atomic uint64_t prefetched, useful, wasted; /* units read ahead of time; used before eviction; evicted unused */
+    _Atomic uint64_t wait_ns;        /* time threads spent waiting for units */
+};
+
+struct store {
+    struct flash *flash;
+    struct store_spec spec;
+    size_t slot_size;
+    uint32_t align;         /* io_align() of the flash */
+    bool direct;            /* units are read straight into slots, at offset % align */
+    uint8_t *slots;
+    size_t slots_size;
+    _Atomic int32_t *slot_of;     /* [n_units] -1: in no slot */
+    int32_t *unit_of;             /* [n_slots] */
+    _Atomic uint8_t *state;       /* [n_slots] */
+    uint8_t *ahead;               /* [n_slots] prefetched and not used yet */
+    uint32_t *round_of;           /* [n_slots] the last round that wanted the slot's unit */
+    uint16_t *uses;               /* [n_units] how often, halved now and then */
+    uint32_t round, n_empty, cursor; /* cursor: no slot before it is empty */
+    uint64_t random;
+    bool run_open;                /* a read is being put together: */
+    uint32_t run_first, run_last; /* its units */
+    struct store_counters counters;
+};
+
+/* Bytes of memory that a slot takes. */
+size_t store_slot_size(const struct flash *flash, uint64_t unit_size);
+
+/* NULL with a sentence in err; nothing is read yet. */
+struct store *store_open(struct flash *flash, const struct store_spec *spec, char *err, size_t err_len);
+void store_close(struct store *store);
+void store_reset_counters(struct store *store);
+
+/* Fills all slots with the first units, in large reads. 0, or -1: see flash_error(). */
+int store_fill(struct store *store);
+
+void store_begin(struct store *store);
+
+/* Wants units in this round; ascending order makes runs. Returns how many could be had: fewer than n when no slot is to
+ * be had before others of this round are released, or when too many reads wait already (progress, and try again).
+ * ahead: for the next round. */
+int store_want(struct store *store, const int32_t *units, int n, bool ahead);
+
+/* The units wanted so far are submitted. */
+void store_flush(struct store *store);
+
+/* The unit may be evicted before the round ends. */
+void store_release(struct store *store, uint32_t unit);
+
+static inline bool store_ready(const struct store *store, uint32_t unit) {
+    const int32_t slot = atomic_load_explicit(&store->slot_of[unit], memory_order_relaxed);
+    return slot >= 0 && atomic_load_explicit(&store->state[slot], memory_order_acquire) == STORE_READY;
+}
+
+/* Waits until a wanted unit is in memory. -1: its read failed. */
+int store_wait(struct store *store, uint32_t unit);
+
+/* The bytes of a unit that is ready. */
+static inline const uint8_t *store_unit(const struct store *store, uint32_t unit) {
+    const int32_t slot = atomic_load_explicit(&store->slot_of[unit], memory_order_relaxed);
+    const uint64_t offset = store->spec.offset + unit * store->spec.unit_size;
+    return store->slots + (size_t)slot * store->slot_size +
+           (store->direct ? offset & (store->align - 1) : 0);
+}
+
+#endif
