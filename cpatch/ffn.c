@@ -23,6 +23,7 @@ struct block {
     struct ffn_row *rows;
     int first;      /* index of the first row in the set: in accumulators, work.wanted, work.rounded */
     int n_rows;
+    int turn;       /* which thread begins, so that they take turns with the longer share */
     int32_t *list;  /* [n_ff] */
     int32_t *found; /* [n_threads] */
 };
@@ -46,7 +47,7 @@ struct work {
     int gate_input, up_input, pred_input; /* which of the types */
 
     struct block *blocks; /* of the set that is being computed */
-    int n_blocks, n_rows, set_rows;
+    int n_blocks, n_rows, set_rows, turn;
     float *acc;           /* [threads][set_rows][n_embd] */
     float *tmp;           /* [threads][n_embd] one dequantised column */
     uint8_t *wanted;      /* [set_rows][n_ff] selected (row, neuron) pairs */
@@ -422,16 +423,16 @@ static void run_ready(enum pass pass, struct work *w, const struct block *block,
     if (n > 0) run_batch(pass, w, block, batch, n, acc, tmp, tally);
 }
 
-/* One pass over the thread's chunks of all lists, as far as they are in the wave. Chunks are counted through all blocks,
- * so that threads share the last ones evenly too, and whatever the wave, so that sums do not depend on it. */
+/* One pass over the thread's chunks of all lists, as far as they are in the wave. Whose a chunk is does not depend on the
+ * wave, and so sums do not. */
 static void run_pass(enum pass pass, struct work *w, int thread, struct tally *tally) {
     const struct pi_layer *layer = w->layer;
     const int64_t n_embd = layer->spec.n_embd, n_ff = layer->spec.n_ff;
     float *acc = w->acc + (int64_t)thread * w->set_rows * n_embd, *tmp = w->tmp + thread * n_embd;
     int32_t *late = w->late + thread * n_ff;
-    int64_t chunk = 0;
     for (int b = 0; b < w->n_blocks && !failed(w); b++) {
         const struct block *block = &w->blocks[b];
+        int64_t chunk = block->turn;
         const int64_t base = pi_unit(layer, block->rows[0].expert, 0);
         int32_t batch[BATCH], n_late = 0;
         int n = 0;
@@ -694,17 +695,18 @@ static size_t lay_out(struct work *w, struct outputs *outputs, int n_rows, uint8
     return at;
 }
 
-/* Forms the blocks of the next set, which begins at row `done`. Returns where it ends. Thread 0 only. */
+/* Forms the blocks of the next set, which begins at row `done`. Returns where it ends. Thread 0 only. A set is of whole
+ * blocks, so that blocks, and with them the order of sums, do not depend on how large sets are. */
 static int form_set(struct work *w, struct ffn_row *rows, int n_rows, int done, int32_t *lists, int32_t *founds) {
     w->n_blocks = w->n_rows = 0;
-    while (done < n_rows && w->n_rows < w->set_rows) {
+    while (done < n_rows) {
         int n = 1;
-        while (n < FFN_BLOCK_ROWS && w->n_rows + n < w->set_rows && done + n < n_rows &&
-               rows[done + n].expert == rows[done].expert)
-            n++;
+        while (n < FFN_BLOCK_ROWS && done + n < n_rows && rows[done + n].expert == rows[done].expert) n++;
+        if (w->n_rows + n > w->set_rows) break;
         w->blocks[w->n_blocks] = (struct block){.rows = rows + done,
                                                 .first = w->n_rows,
                                                 .n_rows = n,
+                                                .turn = w->turn++,
                                                 .list = lists + (int64_t)w->n_blocks * w->layer->spec.n_ff,
                                                 .found = founds + (int64_t)w->n_blocks * w->n_threads};
         w->n_blocks++;
