@@ -35,7 +35,7 @@ from gguf_tools.convert import Calibrated, Calibration, plan_conversion
 from gguf_tools.profile import Profile
 from gguf_tools.reader import GGUFFile
 from powerinfer_ext.errors import PowerInferError
-from powerinfer_ext.evaluate import Divergence, Perplexity, windows
+from powerinfer_ext.evaluate import Divergence, log_softmax, windows
 from powerinfer_ext.graph import Handler, Watcher
 from powerinfer_ext.run import trained_context
 
@@ -68,13 +68,17 @@ Statistics = dict[int, LayerStatistics]
 @dataclass(frozen=True)
 class Cost:
     """Thresholds measured on a text. density: share of neurons computed, mean over tokens and layers; `kl`, `top1`:
-    mean KL(dense || thresholded) in nats, and how often the likeliest token stays the same."""
+    mean KL(dense || thresholded) in nats, and how often the likeliest token stays the same. Perplexities are of the
+    second half of each window; `error` is the standard error of the logarithm of their ratio, from tokens that are
+    taken for independent.
+    """
 
     tokens: int
     density: float
     layers: list[float]  # density of each
     ppl_before: float
     ppl_after: float
+    error: float
     kl: float
     top1: float
 
@@ -82,6 +86,11 @@ class Cost:
     def increase(self) -> float:
         """Relative increase of perplexity; 0.01 is 1 %."""
         return self.ppl_after / self.ppl_before - 1
+
+    @property
+    def increase_at_most(self) -> float:
+        """What the increase on other text of this kind stays below with a probability of 95 %."""
+        return (1 + self.increase) * math.exp(1.645 * self.error) - 1
 
 
 @dataclass(frozen=True)
@@ -400,21 +409,27 @@ class Tuner:
         return min(found, key=lambda entry: entry[2].kl)
 
     def search(self, kind: str, increase: float) -> tuple[dict[int, np.ndarray], float, Cost]:
-        """The least density whose perplexity is at most `increase` above the dense model's, by bisection.
+        """The least density whose perplexity is at most `increase` above the dense model's, by bisection; so far that
+        other text may be expected to keep to it (`increase_at_most`).
 
-        With the balance that is best for half of the neurons.
+        With the balance that is best for half of the neurons. Raises PowerInferError when no density does.
         """
         _, balance, _ = self.best(kind, 0.5)
-        low, high = _LEAST_DENSITY, 1.0
-        best = self.thresholds(kind, 1.0, balance), balance, self.cost({})
+        low, high, best = _LEAST_DENSITY, 1.0, None
         while high - low > _SHARP:
             middle = (low + high) / 2
             thresholds = self.thresholds(kind, middle, balance)
             cost = self.cost(thresholds)
-            if cost.increase <= increase:
+            if cost.increase_at_most <= increase:
                 best, high = (thresholds, balance, cost), middle
             else:
                 low = middle
+        if best is None:
+            raise PowerInferError(
+                f"{self.model.path}: no thresholds keep perplexity within {increase:.3%}: with {middle:.1%} of the "
+                f"neurons it is {cost.increase:+.3%}, up to {cost.increase_at_most:+.3%} given the {cost.tokens} "
+                "tokens it was measured on; allow more, or give more text"
+            )
         return best
 
 
@@ -425,8 +440,7 @@ def measure(
     step: Callable[[], None] = lambda: None,
 ) -> Cost:
     """Run windows, given with the dense model's logits (None: computed here), under thresholds."""
-    before, after, divergence = Perplexity(), Perplexity(), Divergence()
-    model.reset_density()
+    before, after, divergence = [], [], Divergence()
     computed, offered = dict.fromkeys(model.layers, 0), dict.fromkeys(model.layers, 0)
     for tokens, dense in pairs:
         if dense is None:
@@ -441,19 +455,27 @@ def measure(
         for layer in model.layers:
             computed[layer] += model.computed[layer]
             offered[layer] += model.offered[layer]
-        before.add(dense, tokens)
-        after.add(logits, tokens)
+        before.append(_surprise(dense, tokens))
+        after.append(_surprise(logits, tokens))
         divergence.add(dense, logits)
         step()
+    one, two = np.concatenate(before), np.concatenate(after)
     return Cost(
         tokens=divergence.positions,
         density=sum(computed.values()) / sum(offered.values()),
         layers=[computed[layer] / offered[layer] for layer in model.layers],
-        ppl_before=before.value(),
-        ppl_after=after.value(),
+        ppl_before=float(np.exp(one.mean())),
+        ppl_after=float(np.exp(two.mean())),
+        error=float(np.std(two - one) / math.sqrt(len(one))),
         kl=divergence.sum_kl / divergence.positions,
         top1=divergence.agreeing / divergence.positions,
     )
+
+
+def _surprise(logits: np.ndarray, tokens: list[int]) -> np.ndarray:
+    """-log of the probability of each token in the second half of a window, float64."""
+    rows = np.arange(len(tokens) // 2, len(tokens) - 1)
+    return -log_softmax(logits[rows])[np.arange(len(rows)), np.asarray(tokens)[rows + 1]]
 
 
 def find_thresholds(
@@ -473,10 +495,10 @@ def find_thresholds(
     """Thresholds for the dense gated stock GGUF at `path`, and what they cost.
 
     Give one of density (share of neurons to compute, above 0 and at most 1) and max_increase (of perplexity: 0.01 is
-    1 %); a half is left where neither is given. text: to calibrate and tune with, the bundled one by default; heldout:
-    for the final figures, by default the last quarter of `text`, or the bundled held-out one. tokens: at most so many
-    of each part are read. profile: of this model, saves reading the first part. progress(done, total, what) counts
-    windows; the total is an estimate.
+    1 %, kept to with a margin for text not seen); a half of the neurons is left where neither is given. text: to
+    calibrate and tune with, the bundled one by default; heldout: for the final figures, by default the last quarter of
+    `text`, or the bundled held-out one. tokens: at most so many of each part are read. profile: of this model, saves
+    reading the first part. progress(done, total, what) counts windows; the total is an estimate.
     Raises PowerInferError (not a model for thresholds, too little text), FormatError (a profile of another model),
     OSError.
     """

@@ -160,11 +160,11 @@ def test_find_thresholds_for_a_perplexity():
     path = str(find("llama-swiglu").path)
     steps = []
     calibration, report = find_thresholds(
-        path, "chess", max_increase=0.005, tokens=256, window=128, progress=lambda *a: steps.append(a)
+        path, "chess", max_increase=0.01, tokens=256, window=128, progress=lambda *a: steps.append(a)
     )
-    assert report.tuning.increase <= 0.005
-    assert report.tuning.density < 0.8
-    assert report.cost.tokens == 256 and report.cost.ppl_after < 1.03 * report.cost.ppl_before
+    assert report.tuning.increase < report.tuning.increase_at_most <= 0.01
+    assert report.tuning.density < 0.9
+    assert report.cost.tokens == 256 and report.cost.ppl_after < 1.02 * report.cost.ppl_before
     assert steps[-1][0] <= steps[-1][1]
     assert calibration.threshold_kind == "chess" and calibration.tokens == 256
     densities = [found.density for found in calibration.ffns.values()]
@@ -264,6 +264,11 @@ def test_convert_says_what_it_costs(tmp_path):
 def test_wishes_that_cannot_be_met(swiglu, wishes, message):
     with pytest.raises(PowerInferError, match=message):
         find_thresholds(str(swiglu), "chess", **wishes)
+
+
+def test_a_perplexity_that_cannot_be_kept(swiglu):
+    with pytest.raises(PowerInferError, match=r"swiglu.gguf: no thresholds keep perplexity within 0.000%: with 99.\d%"):
+        find_thresholds(str(swiglu), "cats", max_increase=0.0, text=RANDOM_TEXT, tokens=256, window=128)
 
 
 def test_models_that_thresholds_are_not_for(tmp_path):
