@@ -38,7 +38,8 @@ BUNDLE_ALIGNMENT = 64  # segments start at a cache line
 ACTIVATIONS = ("relu", "relu2", "drelu", "silu", "gelu")
 SILENT = ("relu", "relu2", "drelu")  # activations that are zero for a neuron that does not fire
 MODES = ("exact", "predict")
-LOWRANK, DIRECT, NO_PREDICTOR = "lowrank", "direct", "none"
+LOWRANK, LINEAR, DIRECT, NO_PREDICTOR = "lowrank", "linear", "direct", "none"
+PREDICTORS = (LOWRANK, LINEAR, DIRECT)
 RANK_STEP = 32  # ranks are multiples of it: the block of the types that predictors are stored in
 THRESHOLD_KINDS = ("cats", "chess")
 
@@ -113,6 +114,7 @@ class PredictorTensors:
     """Where the predictor of a layer lies. Neuron j (as stored) is selected when its score is positive:
 
         lowrank   B_j . relu(A x) + bias_j        A [n_embd, rank], B [rank, n_ff]
+        linear    B_j . (A x) + bias_j            the same
         direct    B_j . x + bias_j                B [n_embd, n_ff], no A
 
     recall and computed: the share of firing neurons it selected, and the share of all neurons it selected, on
@@ -556,19 +558,22 @@ class SparseGGUF:
     def _predictor(self, prefix: str, suffix: str, row: dict[str, Any]) -> PredictorTensors | None:
         kind, rank = row[K_PREDICTOR_KIND], row[K_PREDICTOR_RANK]
         where = f"{prefix}bundle{suffix}.weight"
-        if kind not in (NO_PREDICTOR, LOWRANK, DIRECT):
-            raise self._fail(K_PREDICTOR_KIND, f"{printable(kind)} for {where} is not none, lowrank or direct")
+        if kind not in (NO_PREDICTOR, *PREDICTORS):
+            raise self._fail(
+                K_PREDICTOR_KIND, f"{printable(kind)} for {where} is not none, {', '.join(PREDICTORS)}"
+            )
         if kind != NO_PREDICTOR and suffix:
             raise self._fail(K_PREDICTOR_KIND, f"{kind} for {where}: mixtures are not predicted")
-        if (rank % RANK_STEP or not rank) if kind == LOWRANK else rank:
-            wanted = f"a positive multiple of {RANK_STEP}" if kind == LOWRANK else "0"
+        has_rank = kind in (LOWRANK, LINEAR)
+        if (rank % RANK_STEP or not rank) if has_rank else rank:
+            wanted = f"a positive multiple of {RANK_STEP}" if has_rank else "0"
             raise self._fail(K_PREDICTOR_RANK, f"{rank} for {where}, expected {wanted}")
         if kind == NO_PREDICTOR:
             return None
         order = self._tensor(f"{prefix}order.weight", _I32, None)
         bias = self._tensor(f"{prefix}pred_bias.weight", _F32, order.shape)
         b = self._tensor(f"{prefix}pred_b.weight", None, None)
-        a = self._tensor(f"{prefix}pred_a.weight", None, None) if kind == LOWRANK else None
+        a = self._tensor(f"{prefix}pred_a.weight", None, None) if has_rank else None
         width = rank or b.shape[0]
         if a is not None and (len(a.shape) != 2 or a.shape[1] != rank):
             raise self._fail(f"shape of tensor {a.name}", f"{list(a.shape)}, expected [n_embd, {rank}]")

@@ -206,6 +206,10 @@ BAD = {
     "rank": (row("powerinfer.predictor.rank", [64, 0, 0], 4), f"shape of tensor {A}: [64, 32], expected"),
     "rank step": (row("powerinfer.predictor.rank", [33, 0, 0], 4), "rank: 33 for blk.0"),
     "rank of direct": (row("powerinfer.predictor.rank", [32, 32, 0], 4), "rank: 32 for blk.1"),
+    "no a of linear": (
+        {"drop": [A], **row(KINDS, ["linear", "direct", "none"], STRING)},
+        f"tensor '{A}': is missing",
+    ),
     "no a": ({"drop": [A]}, f"tensor '{A}': is missing"),
     "no b": ({"drop": [B]}, f"tensor '{B}': is missing"),
     "no bias": ({"drop": [BIAS]}, f"tensor '{BIAS}': is missing"),
