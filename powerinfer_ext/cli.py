@@ -171,11 +171,14 @@ def models(as_json: Json = False) -> None:
         "powerinfer convert arcee-relu2 arcee.sparse.gguf",
         "powerinfer convert prosparse-llama-2-7b.gguf prosparse.sparse.gguf --activation relu",
         "powerinfer convert model-f16.gguf model.sparse.gguf --down-type Q8_0",
+        "powerinfer convert prosparse-llama-2-7b.powerinfer.gguf prosparse.sparse.gguf",
         "powerinfer convert llama-swiglu swiglu.sparse.gguf --threshold chess --max-ppl-increase 1%",
     )
 )
 def convert(
-    source: Annotated[str, typer.Argument(metavar="IN", help="A stock GGUF file, or the name of a bundled model.")],
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="A stock GGUF, a PowerInfer model (PWRI), or a bundled model's name.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="The sparse-GGUF to write.")],
     activation: Annotated[
         Activation | None,
