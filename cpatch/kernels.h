@@ -4,8 +4,9 @@
  * kernel takes the whole list, so that it can fetch the next rows' cache lines while it computes, and keep
  * accumulators in registers over tiles of columns.
  *
- * Results must not depend on how a list is cut into calls, bit for bit: each dot product is a sum of its own, and
- * every element of y receives its terms in list order, one fused multiply-add each. Streaming relies on that.
+ * Results do not depend on how a list is cut into calls, bit for bit: each dot product is a sum of its own, and every
+ * element of y receives its terms in list order, one fused multiply-add each with the weight's dequantised value (the
+ * portable version rounds product and sum). Streaming relies on that.
  *
  * Inputs of dot products are rounded once, to the type that ggml's own kernel for the weight type takes
  * (kernel_input_type), so that answers agree with stock llama.cpp. */
@@ -49,5 +50,11 @@ void kernel_round_input(int type, int64_t n, const float *x, void *y);
 
 /* y[0..n) += x[0..n) */
 void kernel_add_f32(int64_t n, const float *x, float *y);
+
+/* The instructions in use, chosen at first use: avx512vnni, avx512, avx2, neon or portable. */
+const char *kernel_level(void);
+
+/* Uses another of them from now on, for tests and benchmarks; NULL: the best. -1: this machine does not have it. */
+int kernel_force(const char *name);
 
 #endif

@@ -1,0 +1,114 @@
+/* kernels_avx2.c - AVX2 with FMA and F16C. */
+#include "kernels_simd.h"
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
+#define NAME "avx2"
+#define SIGNED_BIAS 0
+#include <immintrin.h>
+#include <string.h>
+
+#define LANES 2
+#define WIDTH 8
+#define ROWS 4
+#define COLUMNS 4
+#define PRIMITIVE static inline __attribute__((always_inline))
+
+typedef __m256i vb, vi;
+typedef __m256 vf;
+typedef struct { __m256i half_block[2]; } factors;
+typedef struct { __m256 scale, minimum; } nibble_table;
+#include "kernels_x86.h"
+
+PRIMITIVE vf zero_f(void) { return _mm256_setzero_ps(); }
+PRIMITIVE vf same_f(float a) { return _mm256_set1_ps(a); }
+PRIMITIVE vf load_f(const float *p) { return _mm256_loadu_ps(p); }
+PRIMITIVE void store_f(float *p, vf v) { _mm256_storeu_ps(p, v); }
+PRIMITIVE vf fma_f(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+PRIMITIVE vf mul_f(vf a, vf b) { return _mm256_mul_ps(a, b); }
+PRIMITIVE vf load_f32(const uint8_t *p) { return _mm256_loadu_ps((const float *)p); }
+PRIMITIVE vf load_f16(const uint8_t *p) { return _mm256_cvtph_ps(load_16(p)); }
+PRIMITIVE vf load_bf16(const uint8_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_16(p)), 16));
+}
+PRIMITIVE vf to_float(vi v) { return _mm256_cvtepi32_ps(v); }
+PRIMITIVE vf load_i8(const uint8_t *p) {
+    return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+PRIMITIVE float sum_f(vf v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+PRIMITIVE vi zero_i(void) { return _mm256_setzero_si256(); }
+PRIMITIVE vi negate(vi v) { return _mm256_sub_epi32(_mm256_setzero_si256(), v); }
+PRIMITIVE vb same_bytes(int b) { return _mm256_set1_epi8((char)b); }
+PRIMITIVE vb low_nibbles(vb v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+PRIMITIVE vb high_nibbles(vb v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
+PRIMITIVE vb lookup(const uint8_t *table, vb v) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(load_16(table)), v);
+}
+PRIMITIVE vb lanes(const uint8_t *p, size_t stride) { return load_2_lanes(p, stride); }
+PRIMITIVE vb lanes_of_pairs(const uint8_t *p) { return load_2_lanes(p, 16); }
+PRIMITIVE vb lane_pairs(const uint8_t *p) { return load_2_lanes(p, 16); }
+/* Bit first of each byte becomes bit 4 of q. */
+PRIMITIVE vb add_bit(vb q, vb bits, int first, int second) {
+    const vb chosen = _mm256_set1_epi8((char)(1 << first));
+    const vb set = _mm256_cmpeq_epi8(_mm256_and_si256(bits, chosen), chosen);
+    (void)second;
+    return _mm256_or_si256(q, _mm256_and_si256(set, _mm256_set1_epi8(16)));
+}
+PRIMITIVE vb add_two_bits(vb q, vb bits, int first, int second) {
+    const vb two = _mm256_and_si256(_mm256_srli_epi16(bits, first), _mm256_set1_epi8(3));
+    (void)second;
+    return _mm256_or_si256(q, _mm256_slli_epi16(two, 4));
+}
+
+/* Pairs of products fit 16 bits: weights are at most 63 here, or 128 next to inputs of at most 127. */
+PRIMITIVE vi dot(vi sum, vb w, vb x) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+}
+PRIMITIVE vb signed_weights(vb w) { return w; }
+PRIMITIVE vi dot_signed(vi sum, vb w, vb x) {
+    return dot(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+}
+
+/* The scales of 2 blocks of weights times those of 2 blocks of inputs, each in its lane. */
+PRIMITIVE vf lane_scales(const float *dw, const float *dx) {
+    const __m128 d = _mm_mul_ps(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)dw)),
+                                _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)dx)));
+    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(d), _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0));
+}
+
+PRIMITIVE factors make_factors(v16 scales) {
+    const __m256i f = _mm256_cvtepi8_epi16(scales);
+    return (factors){{_mm256_permute2x128_si256(f, f, 0x00), _mm256_permute2x128_si256(f, f, 0x11)}};
+}
+PRIMITIVE vi dot_factor(vi sum, vb w, vb x, factors f, int v) {
+    const int low = 2 * (v % 4) * 0x202 + 0x100, high = low + 0x202; /* the bytes of a 16-bit factor */
+    const __m256i each = _mm256_set_m128i(_mm_set1_epi16((short)high), _mm_set1_epi16((short)low));
+    const __m256i factor = _mm256_shuffle_epi8(f.half_block[v / 4], each);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), factor));
+}
+PRIMITIVE vi dot_16(v16 a, const uint8_t *sums) { return dot_16_ints(a, sums); }
+PRIMITIVE vi minus_32_times(vi a, vi b) { return _mm256_sub_epi32(a, _mm256_slli_epi32(b, 5)); }
+
+PRIMITIVE void bytes_to_floats(v16 q, vf *out) {
+    out[0] = to_float(_mm256_cvtepi8_epi32(q));
+    out[1] = to_float(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(q, q)));
+}
+PRIMITIVE nibble_table make_table(float scale, float minimum) { return (nibble_table){same_f(scale), same_f(minimum)}; }
+PRIMITIVE nibble_table table_around_8(float scale) { return make_table(scale, -8.0f * scale); }
+PRIMITIVE void nibbles_to_floats(const uint8_t *p, nibble_table low, nibble_table high, vf *lo, vf *hi) {
+    const v16 q = load_16(p);
+    bytes_to_floats(low_nibbles_16(q), lo);
+    bytes_to_floats(high_nibbles_16(q), hi);
+    for (int i = 0; i < 2; i++) lo[i] = fma_f(low.scale, lo[i], low.minimum);
+    for (int i = 0; i < 2; i++) hi[i] = fma_f(high.scale, hi[i], high.minimum);
+}
+
+#include "kernels_template.h"
+const struct kernel_level *const kernel_avx2 = &level;
+#else
+const struct kernel_level *const kernel_avx2 = NULL;
+#endif

@@ -1,0 +1,139 @@
+/* kernels_avx512.c - AVX-512 (F, BW, DQ, VL); with VNNI when included from kernels_avx512vnni.c. */
+#include "kernels_simd.h"
+#if defined(__x86_64__)
+#ifdef WITH_VNNI
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+#define NAME "avx512vnni"
+#define SIGNED_BIAS 128 /* VNNI multiplies unsigned with signed bytes */
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define NAME "avx512"
+#define SIGNED_BIAS 0
+#endif
+#include <immintrin.h>
+#include <string.h>
+
+#define LANES 4
+#define WIDTH 16
+#ifndef ROWS
+#define ROWS 4
+#endif
+#ifndef COLUMNS
+#define COLUMNS 4
+#endif
+#define PRIMITIVE static inline __attribute__((always_inline))
+
+typedef __m512i vb, vi;
+typedef __m512 vf;
+typedef __m512i factors;
+typedef __m512 nibble_table;
+#include "kernels_x86.h"
+
+PRIMITIVE vf zero_f(void) { return _mm512_setzero_ps(); }
+PRIMITIVE vf same_f(float a) { return _mm512_set1_ps(a); }
+PRIMITIVE vf load_f(const float *p) { return _mm512_loadu_ps(p); }
+PRIMITIVE void store_f(float *p, vf v) { _mm512_storeu_ps(p, v); }
+PRIMITIVE vf fma_f(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+PRIMITIVE vf mul_f(vf a, vf b) { return _mm512_mul_ps(a, b); }
+PRIMITIVE vf load_f32(const uint8_t *p) { return _mm512_loadu_ps(p); }
+PRIMITIVE vf load_f16(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+PRIMITIVE vf load_bf16(const uint8_t *p) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+PRIMITIVE vf to_float(vi v) { return _mm512_cvtepi32_ps(v); }
+PRIMITIVE vf load_i8(const uint8_t *p) { return to_float(_mm512_cvtepi8_epi32(load_16(p))); }
+PRIMITIVE float sum_f(vf v) { return _mm512_reduce_add_ps(v); }
+
+PRIMITIVE vi zero_i(void) { return _mm512_setzero_si512(); }
+PRIMITIVE vi negate(vi v) { return _mm512_sub_epi32(_mm512_setzero_si512(), v); }
+PRIMITIVE vb same_bytes(int b) { return _mm512_set1_epi8((char)b); }
+PRIMITIVE vb low_nibbles(vb v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+PRIMITIVE vb high_nibbles(vb v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
+PRIMITIVE vb lookup(const uint8_t *table, vb v) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_16(table)), v);
+}
+PRIMITIVE vb join(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
+PRIMITIVE vb lanes(const uint8_t *p, size_t stride) {
+    if (stride == 16) return _mm512_loadu_si512(p);
+    return join(load_2_lanes(p, stride), load_2_lanes(p + 2 * stride, stride));
+}
+PRIMITIVE vb lanes_of_pairs(const uint8_t *p) { return join(load_2_lanes(p, 16), load_2_lanes(p + 64, 16)); }
+PRIMITIVE vb lane_pairs(const uint8_t *p) { return _mm512_broadcast_i64x4(load_2_lanes(p, 16)); }
+/* Bit first of each byte in lanes 0 and 1, second in 2 and 3, becomes bit 4 of q. */
+PRIMITIVE vb add_bit(vb q, vb bits, int first, int second) {
+    const vb chosen = join(_mm256_set1_epi8((char)(1 << first)), _mm256_set1_epi8((char)(1 << second)));
+    return _mm512_mask_add_epi8(q, _mm512_test_epi8_mask(bits, chosen), q, _mm512_set1_epi8(16));
+}
+PRIMITIVE vb add_two_bits(vb q, vb bits, int first, int second) {
+    const vb counts = join(_mm256_set1_epi16((short)first), _mm256_set1_epi16((short)second));
+    const vb two = _mm512_and_si512(_mm512_srlv_epi16(bits, counts), _mm512_set1_epi8(3));
+    return _mm512_or_si512(q, _mm512_slli_epi16(two, 4));
+}
+
+#ifdef WITH_VNNI
+PRIMITIVE vi dot(vi sum, vb w, vb x) { return _mm512_dpbusd_epi32(sum, w, x); }
+PRIMITIVE vb signed_weights(vb w) { return _mm512_xor_si512(w, _mm512_set1_epi8((char)128)); }
+PRIMITIVE vi dot_signed(vi sum, vb w, vb x) { return dot(sum, w, x); }
+#else
+PRIMITIVE vi dot(vi sum, vb w, vb x) {
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1)));
+}
+PRIMITIVE vb signed_weights(vb w) { return w; }
+PRIMITIVE vi dot_signed(vi sum, vb w, vb x) {
+    return dot(sum, _mm512_abs_epi8(w), _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x));
+}
+#endif
+
+/* The scales of 4 blocks of weights times those of 4 blocks of inputs, each in its lane. */
+PRIMITIVE vf lane_scales(const float *dw, const float *dx) {
+    const __m128 d = _mm_mul_ps(_mm_loadu_ps(dw), _mm_loadu_ps(dx));
+    const __m512i each = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    return _mm512_permutexvar_ps(each, _mm512_castps128_ps512(d));
+}
+
+/* Sums of 4 products fit 16 bits, so that multiplying 16-bit halves does, once the scales' upper halves are zero. */
+PRIMITIVE factors make_factors(v16 scales) {
+    return _mm512_and_si512(_mm512_cvtepi8_epi32(scales), _mm512_set1_epi32(0xffff));
+}
+PRIMITIVE vi dot_factor(vi sum, vb w, vb x, factors f, int v) {
+    const __m512i lanes_of_ints = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    const __m512i each = _mm512_permutexvar_epi32(_mm512_add_epi32(lanes_of_ints, _mm512_set1_epi32(4 * v)), f);
+#ifdef WITH_VNNI
+    return _mm512_dpwssd_epi32(sum, dot(zero_i(), w, x), each);
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(dot(zero_i(), w, x), each));
+#endif
+}
+PRIMITIVE vi dot_16(v16 a, const uint8_t *sums) { return _mm512_zextsi256_si512(dot_16_ints(a, sums)); }
+PRIMITIVE vi minus_32_times(vi a, vi b) { return _mm512_sub_epi32(a, _mm512_slli_epi32(b, 5)); }
+
+PRIMITIVE void bytes_to_floats(v16 q, vf *out) { out[0] = to_float(_mm512_cvtepi8_epi32(q)); }
+/* The 16 values that a nibble can mean: a permutation looks them up. */
+PRIMITIVE nibble_table make_table(float scale, float minimum) {
+    const vf q = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_fmadd_ps(same_f(scale), q, same_f(minimum));
+}
+PRIMITIVE nibble_table table_around_8(float scale) {
+    const vf q = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+    return _mm512_mul_ps(same_f(scale), q);
+}
+PRIMITIVE void nibbles_to_floats(const uint8_t *p, nibble_table low, nibble_table high, vf *lo, vf *hi) {
+    const __m512i q = _mm512_cvtepu8_epi32(load_16(p));
+    lo[0] = _mm512_permutexvar_ps(q, low);
+    hi[0] = _mm512_permutexvar_ps(_mm512_srli_epi32(q, 4), high);
+}
+
+#include "kernels_template.h"
+#ifdef WITH_VNNI
+const struct kernel_level *const kernel_avx512vnni = &level;
+#else
+const struct kernel_level *const kernel_avx512 = &level;
+#endif
+#else
+#ifdef WITH_VNNI
+const struct kernel_level *const kernel_avx512vnni = NULL;
+#else
+const struct kernel_level *const kernel_avx512 = NULL;
+#endif
+#endif

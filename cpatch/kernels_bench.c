@@ -1,0 +1,127 @@
+/* kernels_bench.c - times kernels on lists of rows, and plain reading, with threads of OpenMP (bench/kernels.py). */
+#include "kernels_bench.h"
+
+#include "ggml_abi.h"
+#include "kernels.h"
+
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum { PER_CALL = 256 };
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* One thread's rows, PER_CALL at a time. */
+static void bench_part(const struct pi_kernel_job *job, const int32_t *rows, int n_rows, float *y, float *tmp) {
+    const uint8_t *list[PER_CALL];
+    const uint16_t *scales[PER_CALL];
+    float a[PER_CALL];
+    for (int at = 0; at < n_rows; at += PER_CALL) {
+        const int n = n_rows - at < PER_CALL ? n_rows - at : PER_CALL;
+        for (int k = 0; k < n; k++) {
+            list[k] = (const uint8_t *)job->buffer + (size_t)rows[at + k] * job->stride;
+            scales[k] = (const uint16_t *)job->scales + (size_t)rows[at + k] / 32 * (size_t)job->n;
+            a[k] = 1e-3f;
+        }
+        if (job->op == PI_KERNEL_DOTS) kernel_dots(job->type, job->n, list, n, job->input, a);
+        else if (job->type == ABI_TYPE_I8) kernel_axpys_scaled(job->n, list, scales, a, n, y);
+        else kernel_axpys(job->type, job->n, list, a, n, y, tmp);
+    }
+}
+
+double pi_kernel_seconds(const struct pi_kernel_job *job, const int32_t *rows, int n_rows, int n_threads) {
+    const size_t room = ((size_t)job->n * sizeof(float) + 4095) / 4096 * 4096;
+    float *scratch = aligned_alloc(4096, 2 * room * (size_t)n_threads);
+    if (scratch == NULL) return -1.0;
+    memset(scratch, 0, 2 * room * (size_t)n_threads);
+    double start = 0.0;
+#pragma omp parallel num_threads(n_threads)
+    {
+        const int t = omp_get_thread_num(), n = omp_get_num_threads();
+        const int first = (int)((int64_t)n_rows * t / n), last = (int)((int64_t)n_rows * (t + 1) / n);
+        float *own = scratch + 2 * room / sizeof(float) * (size_t)t;
+#pragma omp barrier
+#pragma omp master
+        start = seconds();
+        bench_part(job, rows + first, last - first, own, own + room / sizeof(float));
+    }
+    const double end = seconds();
+    free(scratch);
+    return end - start;
+}
+
+double pi_read_seconds(const void *buffer, int64_t size, int n_threads) {
+    double start = 0.0;
+    uint64_t all = 0;
+#pragma omp parallel num_threads(n_threads) reduction(^ : all)
+    {
+        const int64_t lines = size / 64, t = omp_get_thread_num(), n = omp_get_num_threads();
+        const uint8_t *p = (const uint8_t *)buffer + lines * t / n * 64, *end = (const uint8_t *)buffer + lines * (t + 1) / n * 64;
+#pragma omp barrier
+#pragma omp master
+        start = seconds();
+        for (; p < end; p += 64) { /* a word of every line: the rest comes along */
+            uint64_t word;
+            __builtin_prefetch(p + 4096);
+            memcpy(&word, p, 8);
+            all ^= word;
+        }
+    }
+    const double end = seconds();
+    return all == 1 ? -1.0 : end - start; /* the sum has to be wanted by somebody */
+}
+
+/* ---- kernels.h, for Python ------------------------------------------------------------------------------------ */
+
+const char *pi_kernel_level(void) {
+    return kernel_level();
+}
+
+int pi_kernel_force(const char *name) {
+    return kernel_force(name);
+}
+
+int pi_kernel_input_type(int type) {
+    return kernel_input_type(type);
+}
+
+void pi_kernel_round_input(int type, int64_t n, const float *x, void *y) {
+    kernel_round_input(type, n, x, y);
+}
+
+void pi_kernel_dequantize(int type, int64_t n, const void *x, float *y) {
+    kernel_dequantize(type, n, x, y);
+}
+
+void pi_kernel_dots(int type, int64_t n, const uint8_t *const *rows, int n_rows, const void *xq, float *out) {
+    kernel_dots(type, n, rows, n_rows, xq, out);
+}
+
+void pi_kernel_dots_inputs(int type, int64_t n, const uint8_t *row, const void *const *xqs, int n_x, float *out) {
+    kernel_dots_inputs(type, n, row, xqs, n_x, out);
+}
+
+void pi_kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const float *a, int n_cols, float *y, float *tmp) {
+    kernel_axpys(type, n, cols, a, n_cols, y, tmp);
+}
+
+void pi_kernel_axpys_outputs(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_y,
+                             float *tmp) {
+    kernel_axpys_outputs(type, n, col, a, ys, n_y, tmp);
+}
+
+void pi_kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
+                            int n_cols, float *y) {
+    kernel_axpys_scaled(n, cols, scales, a, n_cols, y);
+}
+
+void pi_kernel_axpys_outputs_scaled(int64_t n, const uint8_t *col, const uint16_t *scales, const float *a,
+                                    float *const *ys, int n_y, float *tmp) {
+    kernel_axpys_outputs_scaled(n, col, scales, a, ys, n_y, tmp);
+}

@@ -1,0 +1,40 @@
+/* kernels_bench.h - kernels.h as Python sees it, and timing: for tests/test_kernels.py and bench/kernels.py. */
+#ifndef POWERINFER_KERNELS_BENCH_H
+#define POWERINFER_KERNELS_BENCH_H
+
+#include <stdint.h>
+
+/* kernels.h, as it is: see there. */
+const char *pi_kernel_level(void);
+int pi_kernel_force(const char *name);
+int pi_kernel_input_type(int type);
+void pi_kernel_round_input(int type, int64_t n, const float *x, void *y);
+void pi_kernel_dequantize(int type, int64_t n, const void *x, float *y);
+void pi_kernel_dots(int type, int64_t n, const uint8_t *const *rows, int n_rows, const void *xq, float *out);
+void pi_kernel_dots_inputs(int type, int64_t n, const uint8_t *row, const void *const *xqs, int n_x, float *out);
+void pi_kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const float *a, int n_cols, float *y, float *tmp);
+void pi_kernel_axpys_outputs(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_y,
+                             float *tmp);
+void pi_kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
+                            int n_cols, float *y);
+void pi_kernel_axpys_outputs_scaled(int64_t n, const uint8_t *col, const uint16_t *scales, const float *a,
+                                    float *const *ys, int n_y, float *tmp);
+
+enum pi_kernel_op { PI_KERNEL_DOTS = 0, PI_KERNEL_AXPYS = 1 };
+
+/* What is timed: rows of n weights of a ggml type (I8: the columns with scales), stride bytes apart in buffer. */
+struct pi_kernel_job {
+    int op, type;
+    int64_t n, stride;
+    const void *buffer;
+    const void *input;  /* of dot products: n values of pi_kernel_input_type() */
+    const void *scales; /* I8: n halves for every 32 rows */
+};
+
+/* Seconds that n_threads need for the rows listed, each thread its share of the list; -1.0: out of memory. */
+double pi_kernel_seconds(const struct pi_kernel_job *job, const int32_t *rows, int n_rows, int n_threads);
+
+/* Seconds that n_threads need to read size bytes, each its part, from one end to the other. */
+double pi_read_seconds(const void *buffer, int64_t size, int n_threads);
+
+#endif

@@ -1,0 +1,31 @@
+/* kernels_simd.h - what kernels.c knows of its versions for instruction sets. Each is one file, kernels_LEVEL.c: the
+ * set's few primitives, then kernels_template.h, which holds the arithmetic once for all. */
+#ifndef POWERINFER_KERNELS_SIMD_H
+#define POWERINFER_KERNELS_SIMD_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* Types with kernels of their own, by their ggml numbers; I8_SCALED is ours: integers with a row of half scales. */
+enum kernel_type {
+    K_F32 = 0, K_F16 = 1, K_Q4_0 = 2, K_Q8_0 = 8, K_Q4_K = 12, K_Q5_K = 13, K_Q6_K = 14, K_BF16 = 30, K_MXFP4 = 39,
+    K_I8_SCALED = -2,
+};
+
+struct kernel_level {
+    const char *name;
+    /* out[i] = dot product of row i and input i; the rows are many and the input one, or the other way round. */
+    bool (*dots)(int type, int64_t n, const uint8_t *const *rows, int n_rows, const uint8_t *const *xs, int n_xs,
+                 float *out);
+    /* y += a[k] * column k, in order; scales: only for I8_SCALED. */
+    bool (*axpys)(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
+                  int n_cols, float *y);
+};
+/* Both return false, having done nothing, for types they have no code for. */
+
+/* NULL where the compiler's target has no such thing. */
+extern const struct kernel_level *const kernel_portable, *const kernel_neon, *const kernel_avx2, *const kernel_avx512,
+    *const kernel_avx512vnni;
+
+#endif

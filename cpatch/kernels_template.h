@@ -1,0 +1,514 @@
+/* kernels_template.h - the kernels, once for every instruction set; included at the end of each kernels_LEVEL.c.
+ *
+ * The including file defines NAME, NAME_STRING, ROWS and COLUMNS (how many per pass), and primitives on
+ *   vb  LANES lanes of 16 bytes     vi  4 * LANES int32     vf  WIDTH = 4 * LANES floats     v16  16 bytes
+ *
+ * Dot products of quantised rows are sums of 16-byte lanes: with 32 values per block, lane k of one vector holds the
+ * first half of block k's values and lane k of a second one the other half, which is how 4-bit types lie in memory
+ * anyway. The sums of a lane are exact integers; one multiply-add with the lane's scale turns them into floats.
+ *
+ * Columns are turned into floats (the very values of dequantising: exact in every step) and added with one
+ * multiply-add per element, column by column. So y does not depend on the grouping, nor on the level where the level
+ * has fused multiply-adds.
+ *
+ * Rows lie scattered, and the hardware's prefetching starts anew in each; so every chunk of a row also asks for what
+ * comes AHEAD bytes later, in this row or the one that follows it. */
+#include "kernels_simd.h"
+
+#include <string.h>
+
+enum { CHUNK = 16, /* blocks of 32 values between prefetches; their scales are converted together */
+       Q4_0_SIZE = 18, Q8_0_SIZE = 34, MXFP4_SIZE = 17, Q4_K_SIZE = 144, Q5_K_SIZE = 176, Q6_K_SIZE = 210,
+       Q8_K_SIZE = 292, HALF_VECTORS = 16 / WIDTH, BLOCK_VECTORS = 32 / WIDTH };
+
+#define INLINE static inline __attribute__((always_inline))
+#ifndef UNROLL
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#ifndef AHEAD
+#define AHEAD 4096
+#endif
+
+/* e2m1 values, doubled (gguf: MXFP4.kvalues). */
+static const int8_t mxfp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+INLINE size_t block_size(int type) {
+    return type == K_Q4_0 ? Q4_0_SIZE : type == K_Q8_0 ? Q8_0_SIZE : type == K_MXFP4 ? MXFP4_SIZE
+         : type == K_Q4_K ? Q4_K_SIZE : type == K_Q5_K ? Q5_K_SIZE : Q6_K_SIZE;
+}
+
+/* Asks for bytes [at, at + bytes) of count rows, AHEAD further on; from the end of a row on into the row that will be
+ * read in its place. left: how many rows there are from rows[0] on. */
+INLINE void fetch_ahead(const uint8_t *const *rows, int count, int left, size_t size, size_t at, size_t bytes) {
+    const size_t ahead = size < AHEAD ? size : AHEAD;
+    UNROLL for (int r = 0; r < count; r++) {
+        const uint8_t *p = rows[r] + at + ahead;
+        if (at + ahead >= size) p = rows[r + count < left ? r + count : r] + (at + ahead - size);
+        for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+    }
+}
+
+/* The scales of count <= CHUNK blocks, as floats. */
+INLINE void block_scales(int type, const uint8_t *blocks, int count, float *out) {
+    if (type == K_MXFP4) {
+        for (int b = 0; b < count; b++) { /* a power of two, halved: the values are doubled */
+            const uint32_t e = blocks[b * MXFP4_SIZE];
+            const uint32_t bits = e < 2 ? 0x00200000u << e : (e - 1) << 23;
+            memcpy(out + b, &bits, 4);
+        }
+        return;
+    }
+    const size_t size = block_size(type);
+    int b = 0;
+    for (; b + 8 <= count; b += 8) halves_8(blocks + (size_t)b * size, size, out + b);
+    for (; b < count; b++) out[b] = half(blocks + (size_t)b * size);
+}
+
+/* ---- dot products: 32 values per block ---------------------------------------------------------------------- */
+
+/* What is added to the integers of a type to make them what dot() takes. */
+INLINE int block_bias(int type) {
+    return type == K_Q4_0 ? 8 : type == K_MXFP4 ? 12 : SIGNED_BIAS;
+}
+
+/* LANES blocks: *lo their values 0..15, *hi 16..31, with the bias added. */
+INLINE void block_values(int type, const uint8_t *blocks, vb *lo, vb *hi) {
+    if (type == K_Q8_0) {
+        *lo = signed_weights(lanes(blocks + 2, Q8_0_SIZE));
+        *hi = signed_weights(lanes(blocks + 18, Q8_0_SIZE));
+        return;
+    }
+    const vb q = type == K_Q4_0 ? lanes(blocks + 2, Q4_0_SIZE) : lanes(blocks + 1, MXFP4_SIZE);
+    *lo = low_nibbles(q);
+    *hi = high_nibbles(q);
+    if (type == K_MXFP4) {
+        uint8_t table[16];
+        for (int i = 0; i < 16; i++) table[i] = (uint8_t)(mxfp4_values[i] + 12);
+        *lo = lookup(table, *lo);
+        *hi = lookup(table, *hi);
+    }
+}
+
+INLINE vi block_dot(int type, vi sum, vb w, vb x) {
+    return type == K_Q8_0 ? dot_signed(sum, w, x) : dot(sum, w, x);
+}
+
+/* acc[r * X + i] += the partial sums of LANES blocks of rows r and inputs i. */
+INLINE void dots_step(int type, const uint8_t *const w[], int R, const float *dw, const uint8_t *const x[], int X,
+                      const float *dx, vf *acc) {
+    vb x_lo[ROWS], x_hi[ROWS];
+    vi start[ROWS];
+    const int bias = block_bias(type);
+    UNROLL for (int i = 0; i < X; i++) {
+        x_lo[i] = lanes(x[i] + 2, Q8_0_SIZE);
+        x_hi[i] = lanes(x[i] + 18, Q8_0_SIZE);
+        start[i] = zero_i();
+        if (bias != 0) start[i] = negate(dot(dot(zero_i(), same_bytes(bias), x_lo[i]), same_bytes(bias), x_hi[i]));
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        vb lo, hi;
+        block_values(type, w[r], &lo, &hi);
+        UNROLL for (int i = 0; i < X; i++) {
+            const vi sum = block_dot(type, block_dot(type, start[i], lo, x_lo[i]), hi, x_hi[i]);
+            acc[r * X + i] = fma_f(to_float(sum), lane_scales(dw + r * CHUNK, dx + i * CHUNK), acc[r * X + i]);
+        }
+    }
+}
+
+/* The last blocks, fewer than LANES: the same with zeros behind them. */
+INLINE void dots_tail(int type, int count, const uint8_t *const w[], int R, const float *dw, const uint8_t *const x[],
+                      int X, const float *dx, vf *acc) {
+    uint8_t blocks[ROWS][LANES * Q8_0_SIZE] = {{0}}, inputs[ROWS][LANES * Q8_0_SIZE] = {{0}};
+    const uint8_t *w_padded[ROWS], *x_padded[ROWS];
+    for (int r = 0; r < R; r++) w_padded[r] = memcpy(blocks[r], w[r], (size_t)count * block_size(type));
+    for (int i = 0; i < X; i++) x_padded[i] = memcpy(inputs[i], x[i], (size_t)count * Q8_0_SIZE);
+    dots_step(type, w_padded, R, dw, x_padded, X, dx, acc);
+}
+
+/* out[r * X + i]: R rows with X inputs; left: rows from w[0] on. */
+INLINE void dots_blocks(int type, int64_t n, const uint8_t *const *w, int R, int left, const uint8_t *const *x, int X,
+                        float *out) {
+    const size_t size = block_size(type);
+    const int blocks = (int)(n / 32);
+    vf acc[ROWS];
+    UNROLL for (int i = 0; i < R * X; i++) acc[i] = zero_f();
+    for (int b0 = 0; b0 < blocks; b0 += CHUNK) {
+        const int count = blocks - b0 < CHUNK ? blocks - b0 : CHUNK;
+        float dw[ROWS * CHUNK] = {0}, dx[ROWS * CHUNK] = {0};
+        fetch_ahead(w, R, left, (size_t)blocks * size, (size_t)b0 * size, (size_t)count * size);
+        UNROLL for (int r = 0; r < R; r++) block_scales(type, w[r] + (size_t)b0 * size, count, dw + r * CHUNK);
+        UNROLL for (int i = 0; i < X; i++) block_scales(K_Q8_0, x[i] + (size_t)b0 * Q8_0_SIZE, count, dx + i * CHUNK);
+        for (int b = 0; b < count; b += LANES) {
+            const uint8_t *w_at[ROWS], *x_at[ROWS];
+            UNROLL for (int r = 0; r < R; r++) w_at[r] = w[r] + (size_t)(b0 + b) * size;
+            UNROLL for (int i = 0; i < X; i++) x_at[i] = x[i] + (size_t)(b0 + b) * Q8_0_SIZE;
+            if (count - b >= LANES) dots_step(type, w_at, R, dw + b, x_at, X, dx + b, acc);
+            else dots_tail(type, count - b, w_at, R, dw + b, x_at, X, dx + b, acc);
+        }
+    }
+    UNROLL for (int i = 0; i < R * X; i++) out[i] = sum_f(acc[i]);
+}
+
+/* ---- dot products: K-quants, 256 values per block, scales for 16 or 32 of them -------------------------------- */
+
+/* Q4_K and Q5_K: 8 scales and 8 minima of 6 bits, packed into 12 bytes (gguf: Q4_K.get_scale_min). */
+INLINE void unpack_scales(const uint8_t *packed, uint64_t *scales, uint64_t *minima) {
+    uint32_t a, b, c;
+    memcpy(&a, packed, 4);
+    memcpy(&b, packed + 4, 4);
+    memcpy(&c, packed + 8, 4);
+    const uint32_t high = (c & 0x0f0f0f0f) | ((a >> 2) & 0x30303030);
+    *scales = (a & 0x3f3f3f3f) | (uint64_t)high << 32;
+    const uint32_t high_m = ((c >> 4) & 0x0f0f0f0f) | ((b >> 2) & 0x30303030);
+    *minima = (b & 0x3f3f3f3f) | (uint64_t)high_m << 32;
+}
+
+/* Vector v of LANES lanes, of the 16 of a K-block, in the order that 4-bit bytes give them in: for each half of the
+ * block, the low nibbles of 64 bytes, then their high nibbles. */
+INLINE vb k_values(int type, const uint8_t *block, int v) {
+    const int lane = v * LANES, half_block = lane / 8, chunk = lane % 4, high = lane % 8 / 4;
+    const uint8_t *ql = block + (type == K_Q4_K ? 16 : type == K_Q5_K ? 48 : 0) + half_block * 64 + chunk * 16;
+    vb q = lanes(ql, 16);
+    q = high ? high_nibbles(q) : low_nibbles(q);
+    if (type == K_Q5_K) { /* bit j of 32 bytes: the fifth bits of the j-th 32 values */
+        const int first = half_block * 4 + chunk / 2 * 2 + high;
+        const vb bits = LANES >= 2 ? lane_pairs(block + 16) : lanes(block + 16 + chunk % 2 * 16, 16);
+        q = add_bit(q, bits, first, first + 2);
+    }
+    if (type == K_Q6_K) { /* 2 bits more for each: of 32 values at a time, in bits 0, 2, 4, 6 of 32 bytes */
+        const uint8_t *qh = block + 128 + half_block * 32;
+        const int first = chunk / 2 * 2 + high * 4;
+        const vb bits = LANES >= 2 ? lane_pairs(qh) : lanes(qh + chunk % 2 * 16, 16);
+        q = add_two_bits(q, bits, first, first + 2);
+    }
+    return q;
+}
+
+/* The inputs that belong to k_values(). */
+INLINE vb k_inputs(int type, const uint8_t *x, int v) {
+    const int lane = v * LANES, half_block = lane / 8, chunk = lane % 4, high = lane % 8 / 4;
+    const uint8_t *values = x + 4 + half_block * 128;
+    if (type == K_Q6_K) return lanes(values + high * 64 + chunk * 16, 16);
+    return lanes_of_pairs(values + chunk / 2 * 64 + high * 32 + chunk % 2 * 16);
+}
+
+/* The scales of the 16 lanes in that order; *minima: those of the 16 groups of 16 values in their own order. */
+INLINE v16 k_scales(int type, const uint8_t *block, v16 *minima) {
+    static const uint8_t lane_order[16] = {0, 0, 2, 2, 1, 1, 3, 3, 4, 4, 6, 6, 5, 5, 7, 7};
+    static const uint8_t twice[16] = {0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7};
+    if (type == K_Q6_K) return *minima = load_16(block + 192);
+    uint64_t scales, mins;
+    unpack_scales(block + 4, &scales, &mins);
+    *minima = shuffle_16(low_8(mins), twice);
+    return shuffle_16(low_8(scales), lane_order);
+}
+
+INLINE void dots_k_step(int type, const uint8_t *const w[], int R, const uint8_t *const x[], int X, vf *acc,
+                        vf *acc_min) {
+    UNROLL for (int r = 0; r < R; r++) {
+        v16 minima;
+        const factors f = make_factors(k_scales(type, w[r], &minima));
+        vi sum[ROWS];
+        UNROLL for (int i = 0; i < X; i++) sum[i] = zero_i();
+        UNROLL for (int v = 0; v < 16 / LANES; v++) {
+            const vb q = k_values(type, w[r], v);
+            UNROLL for (int i = 0; i < X; i++) sum[i] = dot_factor(sum[i], q, k_inputs(type, x[i], v), f, v);
+        }
+        UNROLL for (int i = 0; i < X; i++) {
+            float dx;
+            memcpy(&dx, x[i], 4);
+            const vi offset = dot_16(minima, x[i] + 260); /* with the sums of 16 inputs each */
+            const int k = r * X + i;
+            if (type == K_Q6_K) { /* values are stored plus 32 */
+                acc[k] = fma_f(to_float(minus_32_times(sum[i], offset)), same_f(half(w[r] + 208) * dx), acc[k]);
+            } else {
+                acc[k] = fma_f(to_float(sum[i]), same_f(half(w[r]) * dx), acc[k]);
+                acc_min[k] = fma_f(to_float(offset), same_f(half(w[r] + 2) * dx), acc_min[k]);
+            }
+        }
+    }
+}
+
+INLINE void dots_k(int type, int64_t n, const uint8_t *const *w, int R, int left, const uint8_t *const *x, int X,
+                   float *out) {
+    const size_t size = block_size(type), blocks = (size_t)n / 256;
+    vf acc[ROWS], acc_min[ROWS];
+    UNROLL for (int i = 0; i < R * X; i++) acc[i] = acc_min[i] = zero_f();
+    for (size_t b = 0; b < blocks; b++) {
+        const uint8_t *w_at[ROWS], *x_at[ROWS];
+        fetch_ahead(w, R, left, blocks * size, b * size, size);
+        UNROLL for (int r = 0; r < R; r++) w_at[r] = w[r] + b * size;
+        UNROLL for (int i = 0; i < X; i++) x_at[i] = x[i] + b * Q8_K_SIZE;
+        dots_k_step(type, w_at, R, x_at, X, acc, acc_min);
+    }
+    UNROLL for (int i = 0; i < R * X; i++) out[i] = sum_f(acc[i]) - (type == K_Q6_K ? 0.0f : sum_f(acc_min[i]));
+}
+
+/* ---- dot products: floats ------------------------------------------------------------------------------------- */
+
+INLINE size_t float_size(int type) {
+    return type == K_F32 ? 4 : 2;
+}
+
+INLINE vf load_floats(int type, const uint8_t *p) {
+    return type == K_F32 ? load_f32(p) : type == K_F16 ? load_f16(p) : load_bf16(p);
+}
+
+INLINE void dots_floats(int type, int64_t n, const uint8_t *const *w, int R, int left, const uint8_t *const *x, int X,
+                        float *out) {
+    const size_t one = float_size(type), size = (size_t)n * one;
+    const size_t step = WIDTH * one, whole = size - size % step;
+    vf acc[ROWS];
+    UNROLL for (int i = 0; i < R * X; i++) acc[i] = zero_f();
+    for (size_t at = 0; at < whole;) {
+        const size_t end = whole - at < 512 ? whole : at + 512;
+        fetch_ahead(w, R, left, size, at, end - at);
+        for (; at < end; at += step) {
+            vf xv[ROWS];
+            UNROLL for (int i = 0; i < X; i++) xv[i] = load_floats(type, x[i] + at);
+            UNROLL for (int r = 0; r < R; r++) {
+                const vf wv = load_floats(type, w[r] + at);
+                UNROLL for (int i = 0; i < X; i++) acc[r * X + i] = fma_f(wv, xv[i], acc[r * X + i]);
+            }
+        }
+    }
+    for (int r = 0; r < R && whole < size; r++) { /* the rest, with zeros behind it */
+        uint8_t rest[4 * WIDTH] = {0}, input[4 * WIDTH] = {0};
+        memcpy(rest, w[r] + whole, size - whole);
+        for (int i = 0; i < X; i++) {
+            memcpy(input, x[i] + whole, size - whole);
+            acc[r * X + i] = fma_f(load_floats(type, rest), load_floats(type, input), acc[r * X + i]);
+        }
+    }
+    UNROLL for (int i = 0; i < R * X; i++) out[i] = sum_f(acc[i]);
+}
+
+/* ---- dot products: lists -------------------------------------------------------------------------------------- */
+
+INLINE void dots_some(int type, int64_t n, const uint8_t *const *w, int R, int left, const uint8_t *const *x, int X,
+                      float *out) {
+    if (type == K_F32 || type == K_F16 || type == K_BF16) dots_floats(type, n, w, R, left, x, X, out);
+    else if (type == K_Q4_0 || type == K_Q8_0 || type == K_MXFP4) dots_blocks(type, n, w, R, left, x, X, out);
+    else dots_k(type, n, w, R, left, x, X, out);
+}
+
+INLINE void dots_list(int type, int64_t n, const uint8_t *const *rows, int n_rows, const uint8_t *const *xs, int n_xs,
+                      float *out) {
+    if (n_xs == 1) {
+        int k = 0;
+        for (; k + ROWS <= n_rows; k += ROWS) dots_some(type, n, rows + k, ROWS, n_rows - k, xs, 1, out + k);
+        for (; k < n_rows; k++) dots_some(type, n, rows + k, 1, n_rows - k, xs, 1, out + k);
+        return;
+    }
+    int i = 0;
+    for (; i + ROWS <= n_xs; i += ROWS) dots_some(type, n, rows, 1, 1, xs + i, ROWS, out + i);
+    for (; i < n_xs; i++) dots_some(type, n, rows, 1, 1, xs + i, 1, out + i);
+}
+
+static bool dots(int type, int64_t n, const uint8_t *const *rows, int n_rows, const uint8_t *const *xs, int n_xs,
+                 float *out) {
+    switch (type) {
+    case K_F32: dots_list(K_F32, n, rows, n_rows, xs, n_xs, out); return true;
+    case K_F16: dots_list(K_F16, n, rows, n_rows, xs, n_xs, out); return true;
+    case K_BF16: dots_list(K_BF16, n, rows, n_rows, xs, n_xs, out); return true;
+    case K_Q4_0: dots_list(K_Q4_0, n, rows, n_rows, xs, n_xs, out); return true;
+    case K_Q8_0: dots_list(K_Q8_0, n, rows, n_rows, xs, n_xs, out); return true;
+    case K_MXFP4: dots_list(K_MXFP4, n, rows, n_rows, xs, n_xs, out); return true;
+    case K_Q4_K: dots_list(K_Q4_K, n, rows, n_rows, xs, n_xs, out); return true;
+    case K_Q5_K: dots_list(K_Q5_K, n, rows, n_rows, xs, n_xs, out); return true;
+    case K_Q6_K: dots_list(K_Q6_K, n, rows, n_rows, xs, n_xs, out); return true;
+    default: return false;
+    }
+}
+
+/* ---- sums of columns ------------------------------------------------------------------------------------------ */
+
+/* y[0..32) += a[c] * w[c][0..32) for C columns in turn; w: BLOCK_VECTORS each. */
+#define ADD_32(y, a, C, w_of_c)                                                                                      \
+    do {                                                                                                             \
+        vf sums[BLOCK_VECTORS];                                                                                      \
+        UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) sums[i] = load_f((y) + i * WIDTH);                            \
+        UNROLL for (int c = 0; c < (C); c++) {                                                                       \
+            vf w[BLOCK_VECTORS];                                                                                     \
+            w_of_c;                                                                                                  \
+            UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) sums[i] = fma_f(same_f((a)[c]), w[i], sums[i]);           \
+        }                                                                                                            \
+        UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) store_f((y) + i * WIDTH, sums[i]);                            \
+    } while (0)
+
+/* The 32 values of a block whose scale is d. */
+INLINE void block_floats(int type, const uint8_t *block, float d, vf *out) {
+    if (type == K_Q4_0) {
+        const nibble_table t = table_around_8(d);
+        nibbles_to_floats(block + 2, t, t, out, out + HALF_VECTORS);
+    } else if (type == K_Q8_0) {
+        UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) out[i] = mul_f(load_i8(block + 2 + i * WIDTH), same_f(d));
+    } else {
+        const v16 q = load_16(block + 1), table = load_16((const uint8_t *)mxfp4_values);
+        bytes_to_floats(lookup_16(table, low_nibbles_16(q)), out);
+        bytes_to_floats(lookup_16(table, high_nibbles_16(q)), out + HALF_VECTORS);
+        UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) out[i] = mul_f(out[i], same_f(d));
+    }
+}
+
+INLINE void axpys_blocks(int type, int64_t n, const uint8_t *const *cols, int C, int left, const float *a, float *y) {
+    const size_t size = block_size(type);
+    const int blocks = (int)(n / 32);
+    for (int b0 = 0; b0 < blocks; b0 += CHUNK) {
+        const int count = blocks - b0 < CHUNK ? blocks - b0 : CHUNK;
+        float d[COLUMNS][CHUNK];
+        fetch_ahead(cols, C, left, (size_t)blocks * size, (size_t)b0 * size, (size_t)count * size);
+        UNROLL for (int c = 0; c < C; c++) block_scales(type, cols[c] + (size_t)b0 * size, count, d[c]);
+        for (int b = 0; b < count; b++) {
+            ADD_32(y + (b0 + b) * 32, a, C, block_floats(type, cols[c] + (size_t)(b0 + b) * size, d[c][b], w));
+        }
+    }
+}
+
+/* The scale and the minimum of each 16 values of a K-block, as floats: values are scale * q + minimum. */
+INLINE void k_scale_floats(int type, const uint8_t *block, float *scale, float *minimum) {
+    if (type == K_Q6_K) {
+        const float d = half(block + 208);
+        for (int g = 0; g < 16; g++) scale[g] = d * (float)(int8_t)block[192 + g];
+        for (int g = 0; g < 16; g++) minimum[g] = -32.0f * scale[g];
+        return;
+    }
+    uint64_t scales, minima;
+    uint8_t bytes[8];
+    unpack_scales(block + 4, &scales, &minima);
+    const float d = half(block), d_min = -half(block + 2);
+    memcpy(bytes, &scales, 8);
+    for (int g = 0; g < 8; g++) scale[g] = d * (float)bytes[g];
+    memcpy(bytes, &minima, 8);
+    for (int g = 0; g < 8; g++) minimum[g] = d_min * (float)bytes[g];
+}
+
+/* The j-th 32 values of a K-block. */
+INLINE void k_floats(int type, const uint8_t *block, int j, const float *scale, const float *minimum, vf *out) {
+    UNROLL for (int h = 0; h < 2; h++) {
+        v16 q;
+        if (type == K_Q6_K) {
+            const v16 ql = load_16(block + j / 4 * 64 + j % 2 * 32 + h * 16);
+            q = j % 4 / 2 ? high_nibbles_16(ql) : low_nibbles_16(ql);
+            q = add_two_bits_16(q, load_16(block + 128 + j / 4 * 32 + h * 16), j % 4 * 2);
+        } else {
+            const v16 ql = load_16(block + 48 + j / 2 * 32 + h * 16);
+            q = j % 2 ? high_nibbles_16(ql) : low_nibbles_16(ql);
+            q = add_bit_16(q, load_16(block + 16 + h * 16), j);
+        }
+        const int g = type == K_Q6_K ? j * 2 + h : j;
+        bytes_to_floats(q, out + h * HALF_VECTORS);
+        UNROLL for (int i = h * HALF_VECTORS; i < (h + 1) * HALF_VECTORS; i++) {
+            out[i] = fma_f(same_f(scale[g]), out[i], same_f(minimum[g]));
+        }
+    }
+}
+
+/* y[0..64) += the j-th 64 values of C blocks of Q4_K: 32 bytes, whose low nibbles are the first 32 values. */
+INLINE void add_q4_k(const uint8_t *const blocks[], int j, int C, const float (*scale)[16], const float (*minimum)[16],
+                     const float *a, float *y) {
+    UNROLL for (int h = 0; h < 2; h++) {
+        vf lo[HALF_VECTORS], hi[HALF_VECTORS];
+        UNROLL for (int i = 0; i < HALF_VECTORS; i++) lo[i] = load_f(y + h * 16 + i * WIDTH);
+        UNROLL for (int i = 0; i < HALF_VECTORS; i++) hi[i] = load_f(y + 32 + h * 16 + i * WIDTH);
+        UNROLL for (int c = 0; c < C; c++) {
+            vf w_lo[HALF_VECTORS], w_hi[HALF_VECTORS];
+            nibbles_to_floats(blocks[c] + 16 + j * 32 + h * 16, make_table(scale[c][2 * j], minimum[c][2 * j]),
+                              make_table(scale[c][2 * j + 1], minimum[c][2 * j + 1]), w_lo, w_hi);
+            UNROLL for (int i = 0; i < HALF_VECTORS; i++) lo[i] = fma_f(same_f(a[c]), w_lo[i], lo[i]);
+            UNROLL for (int i = 0; i < HALF_VECTORS; i++) hi[i] = fma_f(same_f(a[c]), w_hi[i], hi[i]);
+        }
+        UNROLL for (int i = 0; i < HALF_VECTORS; i++) store_f(y + h * 16 + i * WIDTH, lo[i]);
+        UNROLL for (int i = 0; i < HALF_VECTORS; i++) store_f(y + 32 + h * 16 + i * WIDTH, hi[i]);
+    }
+}
+
+INLINE void axpys_k(int type, int64_t n, const uint8_t *const *cols, int C, int left, const float *a, float *y) {
+    const size_t size = block_size(type), blocks = (size_t)n / 256;
+    for (size_t b = 0; b < blocks; b++, y += 256) {
+        float scale[COLUMNS][16], minimum[COLUMNS][16];
+        const uint8_t *at[COLUMNS];
+        fetch_ahead(cols, C, left, blocks * size, b * size, size);
+        UNROLL for (int c = 0; c < C; c++) {
+            at[c] = cols[c] + b * size;
+            k_scale_floats(type, at[c], scale[c], minimum[c]);
+        }
+        if (type == K_Q4_K) {
+            for (int j = 0; j < 4; j++) add_q4_k(at, j, C, scale, minimum, a, y + j * 64);
+        } else {
+            UNROLL for (int j = 0; j < 8; j++) {
+                ADD_32(y + j * 32, a, C, k_floats(type, at[c], j, scale[c], minimum[c], w));
+            }
+        }
+    }
+}
+
+/* Types with one value after the other: floats, and integers with a scale each. */
+INLINE void plain_floats(int type, const uint8_t *col, const uint16_t *scales, int64_t at, vf *out) {
+    UNROLL for (int v = 0; v < BLOCK_VECTORS; v++) {
+        const size_t i = (size_t)at + (size_t)v * WIDTH;
+        if (type == K_I8_SCALED) out[v] = mul_f(load_i8(col + i), load_f16((const uint8_t *)(scales + i)));
+        else out[v] = load_floats(type, col + i * float_size(type));
+    }
+}
+
+INLINE void add_one_32(int type, const uint8_t *col, const uint16_t *scales, float a, float *y) {
+    ADD_32(y, &a, 1, plain_floats(type, col, scales, 0, w));
+}
+
+INLINE void axpys_plain(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, int C, int left,
+                        const float *a, float *y) {
+    const size_t one = type == K_I8_SCALED ? 1 : float_size(type);
+    int64_t at = 0;
+    for (; at + 32 <= n; at += 32) {
+        if (at % 128 == 0) fetch_ahead(cols, C, left, (size_t)n * one, (size_t)at * one, 128 * one);
+        ADD_32(y + at, a, C, plain_floats(type, cols[c], type == K_I8_SCALED ? scales[c] : NULL, at, w));
+    }
+    if (at == n) return;
+    float rest[32] = {0}; /* fewer than 32 elements, with zeros behind them */
+    memcpy(rest, y + at, (size_t)(n - at) * sizeof(float));
+    for (int c = 0; c < C; c++) {
+        uint8_t values[32 * 4] = {0};
+        uint16_t halves[32] = {0};
+        memcpy(values, cols[c] + (size_t)at * one, (size_t)(n - at) * one);
+        if (type == K_I8_SCALED) memcpy(halves, scales[c] + at, (size_t)(n - at) * sizeof(uint16_t));
+        add_one_32(type, values, halves, a[c], rest);
+    }
+    memcpy(y + at, rest, (size_t)(n - at) * sizeof(float));
+}
+
+INLINE void axpys_some(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, int C, int left,
+                       const float *a, float *y) {
+    if (type == K_Q4_0 || type == K_Q8_0 || type == K_MXFP4) axpys_blocks(type, n, cols, C, left, a, y);
+    else if (type == K_Q4_K || type == K_Q5_K || type == K_Q6_K) axpys_k(type, n, cols, C, left, a, y);
+    else axpys_plain(type, n, cols, scales, C, left, a, y);
+}
+
+INLINE void axpys_list(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
+                       int n_cols, float *y) {
+    int k = 0;
+    for (; k + COLUMNS <= n_cols; k += COLUMNS) {
+        axpys_some(type, n, cols + k, scales == NULL ? NULL : scales + k, COLUMNS, n_cols - k, a + k, y);
+    }
+    for (; k < n_cols; k++) axpys_some(type, n, cols + k, scales == NULL ? NULL : scales + k, 1, n_cols - k, a + k, y);
+}
+
+static bool axpys(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
+                  int n_cols, float *y) {
+    switch (type) {
+    case K_F32: axpys_list(K_F32, n, cols, NULL, a, n_cols, y); return true;
+    case K_F16: axpys_list(K_F16, n, cols, NULL, a, n_cols, y); return true;
+    case K_BF16: axpys_list(K_BF16, n, cols, NULL, a, n_cols, y); return true;
+    case K_I8_SCALED: axpys_list(K_I8_SCALED, n, cols, scales, a, n_cols, y); return true;
+    case K_Q4_0: axpys_list(K_Q4_0, n, cols, NULL, a, n_cols, y); return true;
+    case K_Q8_0: axpys_list(K_Q8_0, n, cols, NULL, a, n_cols, y); return true;
+    case K_MXFP4: axpys_list(K_MXFP4, n, cols, NULL, a, n_cols, y); return true;
+    case K_Q4_K: axpys_list(K_Q4_K, n, cols, NULL, a, n_cols, y); return true;
+    case K_Q5_K: axpys_list(K_Q5_K, n, cols, NULL, a, n_cols, y); return true;
+    case K_Q6_K: axpys_list(K_Q6_K, n, cols, NULL, a, n_cols, y); return true;
+    default: return false;
+    }
+}
+
+static const struct kernel_level level = {NAME, dots, axpys};

@@ -1,0 +1,256 @@
+"""The kernels on rows of weights against float64 numpy: every type and instruction set, each forced in turn."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf.quants import dequantize, quant_shape_to_byte_shape
+
+from powerinfer_ext.loader import native
+
+EPSILON = 2.0**-24  # of one rounding to float32
+ARM = platform.machine() == "aarch64"
+FUSED = ("neon",) if ARM else ("avx512vnni", "avx512", "avx2")
+LEVELS = (*FUSED, "portable")
+# Where the half-precision scales lie in a block; the rest is filled with random bytes, so that all values occur.
+SCALES_AT = {"Q4_0": [0], "Q8_0": [0], "MXFP4": [], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+FALLBACKS = {"Q5_0": [0], "IQ4_NL": [0]}  # types that have no kernels of their own
+FLOATS = ("F32", "F16", "BF16")
+TYPES = (*FLOATS, *SCALES_AT, *FALLBACKS)
+# Multiples of the block, but not of what one pass takes.
+LENGTHS = {1: (1, 3, 15, 16, 17, 33, 100, 129, 1000), 32: (32, 64, 96, 160, 544, 1184), 256: (256, 768, 1280)}
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The level's name, in force during the test. NEON is tested on other machines by emulation, below."""
+    _, lib = native()
+    if lib.pi_kernel_force(request.param.encode()) != 0:
+        pytest.skip(f"this CPU does not have {request.param}")
+    yield request.param
+    lib.pi_kernel_force(native()[0].NULL)
+
+
+def kind(name: str) -> gguf.GGMLQuantizationType:
+    return gguf.GGMLQuantizationType[name]
+
+
+def lengths(name: str) -> tuple[int, ...]:
+    return LENGTHS[gguf.GGML_QUANT_SIZES[kind(name)][0]]
+
+
+def random_rows(rng: np.random.Generator, name: str, n_rows: int, n: int, scale: float = 1.0) -> np.ndarray:
+    """uint8 [n_rows, bytes of a row]: weights of the order of scale, every bit pattern of the integers possible."""
+    if name in FLOATS:
+        values = (rng.standard_normal((n_rows, n)) * scale).astype(np.float32)
+        if name == "F32":
+            return values.view(np.uint8)
+        if name == "F16":
+            return values.astype(np.float16).view(np.uint8)
+        return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    block, size = gguf.GGML_QUANT_SIZES[kind(name)]
+    blocks = rng.integers(0, 256, (n_rows, n // block, size), np.uint8)
+    for at in (SCALES_AT | FALLBACKS)[name]:
+        d = rng.standard_normal((n_rows, n // block)) * scale / 16
+        blocks[:, :, at : at + 2] = d.astype(np.float16)[..., None].view(np.uint8)
+    if name == "MXFP4":
+        blocks[:, :, 0] = rng.integers(120, 130, (n_rows, n // block)) if scale == 1 else rng.integers(0, 4)
+    return blocks.reshape(n_rows, -1)
+
+
+def exact(name: str, rows: np.ndarray) -> np.ndarray:
+    """float64 [n_rows, n]."""
+    values = rows.view(np.float32) if name == "F32" else dequantize(rows, kind(name))
+    return values.astype(np.float64)
+
+
+def rounded(name: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [n] -> what dot products with rows of the type take: its bytes, and its values in float64."""
+    ffi, lib = native()
+    to = gguf.GGMLQuantizationType(lib.pi_kernel_input_type(kind(name)))
+    out = np.zeros(quant_shape_to_byte_shape(x.shape, to) if to != 0 else x.nbytes, np.uint8)
+    lib.pi_kernel_round_input(to, x.size, ffi.from_buffer("float[]", x), ffi.from_buffer(out))
+    if to == gguf.GGMLQuantizationType.Q8_K:
+        blocks = out.reshape(-1, 292)
+        values = blocks[:, 4:260].view(np.int8) * blocks[:, :4].copy().view(np.float32).astype(np.float64)
+        return out, values.reshape(-1)
+    return out, exact(to.name, out[None])[0]
+
+
+class Rows:
+    """Rows at odd addresses, each in a place of its own, and lists of pointers to them."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        ffi, _ = native()
+        self.memory = np.zeros((len(rows), rows.shape[1] + 7), np.uint8)
+        self.memory[:, 3:-4] = rows
+        first = int(ffi.cast("uintptr_t", ffi.from_buffer(self.memory)))
+        self.addresses = [first + i * self.memory.shape[1] + 3 for i in range(len(rows))]
+
+    def list(self, index: Any) -> Any:
+        ffi, _ = native()
+        return ffi.new("const uint8_t *[]", [ffi.cast("const uint8_t *", self.addresses[i]) for i in index] or 1)
+
+
+def dots(name: str, n: int, rows: Rows, index: Any, x: np.ndarray) -> np.ndarray:
+    ffi, lib = native()
+    out = np.full(len(index), np.nan, np.float32)
+    lib.pi_kernel_dots(
+        kind(name), n, rows.list(index), len(index), ffi.from_buffer(x), ffi.cast("float *", ffi.from_buffer(out))
+    )
+    return out
+
+
+def axpys(name: str, n: int, rows: Rows, index: Any, a: np.ndarray, y: np.ndarray) -> np.ndarray:
+    ffi, lib = native()
+    y, a, tmp = y.copy(), np.ascontiguousarray(a, np.float32), np.empty(n, np.float32)
+    floats = [ffi.cast("float *", ffi.from_buffer(v)) for v in (a, y, tmp)]
+    lib.pi_kernel_axpys(kind(name), n, rows.list(index), floats[0], len(index), floats[1], floats[2])
+    return y
+
+
+def index_lists(rng: np.random.Generator, n_rows: int) -> list[np.ndarray]:
+    """Empty, one, all, repeated, some."""
+    some = np.sort(rng.choice(n_rows, n_rows // 2, replace=False))
+    return [np.arange(0), np.array([n_rows - 1]), np.arange(n_rows), np.array([2, 2, 2, 1, 1, 2, 0]), some]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_dot_products(level: str, name: str) -> None:
+    rng = np.random.default_rng(1)
+    for n in lengths(name):
+        rows = random_rows(rng, name, 13, n)
+        w, placed = exact(name, rows), Rows(rows)
+        x, values = rounded(name, rng.standard_normal(n).astype(np.float32))
+        size = np.abs(w) + np.abs(w).max(axis=1, keepdims=True) * name.endswith("_K")
+        # Roundings of partial sums, each of the size of the whole, that add up like a random walk.
+        tolerance = 8 * EPSILON * (np.sqrt(n) * np.linalg.norm(size * values, axis=1) + np.abs(w) @ np.abs(values) / n)
+        for index in index_lists(rng, 13):
+            out = dots(name, n, placed, index, x)
+            error = np.abs(out - (w @ values)[index])
+            assert (error <= tolerance[index]).all(), (n, index, error / tolerance[index])
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_one_row_with_several_inputs_gives_the_same_bits(level: str, name: str) -> None:
+    ffi, lib = native()
+    rng = np.random.default_rng(2)
+    for n in lengths(name)[::2]:
+        rows = Rows(random_rows(rng, name, 1, n))
+        inputs = [rounded(name, rng.standard_normal(n).astype(np.float32))[0] for _ in range(11)]
+        pointers = ffi.new("const void *[]", [ffi.from_buffer(x) for x in inputs])
+        out = np.empty(11, np.float32)
+        lib.pi_kernel_dots_inputs(
+            kind(name), n, rows.list([0])[0], pointers, 11, ffi.cast("float *", ffi.from_buffer(out))
+        )
+        single = np.concatenate([dots(name, n, rows, [0], x) for x in inputs])
+        assert out.tobytes() == single.tobytes()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_sums_of_columns(level: str, name: str) -> None:
+    rng = np.random.default_rng(3)
+    for n in lengths(name):
+        rows = random_rows(rng, name, 13, n)
+        w, placed = exact(name, rows), Rows(rows)
+        before = rng.standard_normal(n).astype(np.float32)
+        for index in index_lists(rng, 13):
+            a = rng.standard_normal(len(index)).astype(np.float32)
+            y = axpys(name, n, placed, index, a, before)
+            terms = np.concatenate([before[None].astype(np.float64), a[:, None].astype(np.float64) * w[index]])
+            # One rounding for each partial sum, and one for each product where there are no fused multiply-adds.
+            tolerance = EPSILON * (1.001 * np.abs(np.cumsum(terms, axis=0)[1:]).sum(axis=0) + np.finfo(np.float32).tiny)
+            if level not in FUSED:
+                tolerance += EPSILON * np.abs(terms).sum(axis=0)
+            assert (np.abs(y - terms.sum(axis=0)) <= tolerance).all(), (n, index)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_results_do_not_depend_on_how_a_list_is_cut(level: str, name: str) -> None:
+    ffi, lib = native()
+    rng = np.random.default_rng(4)
+    n = lengths(name)[-1]
+    rows = Rows(random_rows(rng, name, 23, n))
+    x, _ = rounded(name, rng.standard_normal(n).astype(np.float32))
+    index = rng.integers(0, 23, 41)
+    a, y = rng.standard_normal(41).astype(np.float32), rng.standard_normal(n).astype(np.float32)
+    whole_dots, whole_y = dots(name, n, rows, index, x), axpys(name, n, rows, index, a, y)
+    for cuts in ([1], [3], [4, 5], [2, 11, 17, 40]):
+        parts = np.split(index, cuts)
+        assert np.concatenate([dots(name, n, rows, part, x) for part in parts]).tobytes() == whole_dots.tobytes()
+        cut_y = y
+        for part, factors in zip(parts, np.split(a, cuts), strict=True):
+            cut_y = axpys(name, n, rows, part, factors, cut_y)
+        assert cut_y.tobytes() == whole_y.tobytes()
+    tmp, ys = np.empty(n, np.float32), [y.copy(), y.copy(), y.copy()]
+    for i, j in enumerate(index):  # one column at a time, to three outputs
+        outputs = ffi.new("float *[]", [ffi.cast("float *", ffi.from_buffer(v)) for v in ys])
+        lib.pi_kernel_axpys_outputs(
+            kind(name), n, rows.list([j])[0], [float(a[i])] * 3, outputs, 3, ffi.cast("float *", ffi.from_buffer(tmp))
+        )
+    assert [v.tobytes() for v in ys] == [whole_y.tobytes()] * 3
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 100, 1024])
+def test_columns_of_integers_with_scales(level: str, n: int) -> None:
+    ffi, lib = native()
+    rng = np.random.default_rng(5)
+    integers = rng.integers(-128, 128, (9, n), np.int8)
+    scales = (rng.standard_normal((2, n)) / 16).astype(np.float16)
+    columns = Rows(integers.view(np.uint8))
+    a, before = rng.standard_normal(9).astype(np.float32), rng.standard_normal(n).astype(np.float32)
+    lists = ffi.new("const uint16_t *[]", [ffi.from_buffer("uint16_t[]", scales[i % 2]) for i in range(9)])
+    y, tmp = before.copy(), np.empty(n, np.float32)
+    floats = [ffi.cast("float *", ffi.from_buffer(v)) for v in (a, y, tmp)]
+    lib.pi_kernel_axpys_scaled(n, columns.list(range(9)), lists, floats[0], 9, floats[1])
+    w = integers * scales.astype(np.float64)[np.arange(9) % 2]
+    terms = np.concatenate([before[None].astype(np.float64), a[:, None].astype(np.float64) * w])
+    tolerance = EPSILON * 1.001 * np.abs(np.cumsum(terms, axis=0)[1:]).sum(axis=0)
+    if level not in FUSED:
+        tolerance += EPSILON * np.abs(terms).sum(axis=0)
+    assert (np.abs(y - terms.sum(axis=0)) <= tolerance).all()
+    one = before.copy()
+    outputs = ffi.new("float *[]", [ffi.cast("float *", ffi.from_buffer(one))])
+    for i in range(9):
+        lib.pi_kernel_axpys_outputs_scaled(n, columns.list([i])[0], lists[i], [float(a[i])], outputs, 1, floats[2])
+    assert one.tobytes() == y.tobytes()
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_dequantising_is_exact(level: str, name: str) -> None:
+    ffi, lib = native()
+    rng = np.random.default_rng(6)
+    for n, scale in [(n, scale) for n in lengths(name) for scale in (1.0, 1e-6)]:  # 1e-6: subnormal halves
+        rows = random_rows(rng, name, 1, n, scale)
+        y = np.full(n, np.nan, np.float32)
+        lib.pi_kernel_dequantize(kind(name), n, ffi.from_buffer(rows), ffi.cast("float *", ffi.from_buffer(y)))
+        np.testing.assert_array_equal(y, exact(name, rows)[0].astype(np.float32))
+
+
+def test_fused_levels_add_columns_to_the_same_bits() -> None:
+    ffi, lib = native()
+    rng = np.random.default_rng(7)
+    for name in TYPES:
+        n = lengths(name)[-1]
+        rows = Rows(random_rows(rng, name, 9, n))
+        a, y = rng.standard_normal(9).astype(np.float32), rng.standard_normal(n).astype(np.float32)
+        usable = [level for level in FUSED if lib.pi_kernel_force(level.encode()) == 0]
+        results = []
+        for level in usable:
+            lib.pi_kernel_force(level.encode())
+            results.append(axpys(name, n, rows, range(9), a, y).tobytes())
+        lib.pi_kernel_force(ffi.NULL)
+        assert len(set(results)) <= 1, name
+
+
+def test_unknown_levels_are_refused() -> None:
+    ffi, lib = native()
+    before = ffi.string(lib.pi_kernel_level())
+    assert before.decode() in LEVELS
+    assert lib.pi_kernel_force(b"abacus") == -1
+    assert ffi.string(lib.pi_kernel_level()) == before
