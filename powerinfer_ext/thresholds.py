@@ -41,7 +41,8 @@ from powerinfer_ext.run import trained_context
 
 KINDS = ("cats", "chess")
 BALANCES = (0.0, 0.5, 1.0)  # powers of the sensitivities that chess tries; 0 is the same density everywhere
-SAMPLED = 512  # tokens of each layer whose gates are kept
+SAMPLED = 512  # tokens whose gates are kept, fewer where they would take more than
+_GATE_BYTES = 1 << 28
 TOKENS = 4096  # of each of the three parts of the text
 LEAST_TOKENS = 256
 _LOGIT_BYTES = 1 << 30  # the dense model's logits that are kept while tuning
@@ -204,11 +205,12 @@ class GatedModel:
     def record(
         self, cut: list[list[int]], sampled: int = SAMPLED, step: Callable[[], None] = lambda: None
     ) -> Statistics:
-        """What every layer's gate and up do on these windows; gates of about `sampled` tokens are kept.
+        """What every layer's gate and up do on these windows; gates of about `sampled` tokens (at most) are kept.
 
         Raises PowerInferError where they are not finite.
         """
         total = sum(map(len, cut))
+        sampled = min(sampled, _GATE_BYTES // (2 * sum(self.layers.values())))
         rng = np.random.default_rng(0)
         gates: dict[int, list[np.ndarray]] = {layer: [] for layer in self.layers}
         ups = {layer: np.zeros(n_ff) for layer, n_ff in self.layers.items()}
