@@ -3,8 +3,8 @@
 #include "backend.h"
 
 #include "buffer.h"
-#include "ffn.h"
 #include "kernels.h"
+#include "slab.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -135,6 +135,7 @@ struct node_memory {
     struct product_row *rows;
     struct ffn_row *ffn;
     struct ffn_product *products;
+    struct slab_row *slab;
     uint8_t *xq; /* the rows of src1 in the type that dot products want; only for dense products */
     size_t xq_row;
 };
@@ -149,7 +150,7 @@ static bool node_memory_reserve(struct backend_context *c, const struct ggml_ten
     if (weight_type >= 0 && m->xq_row == 0) return false;
     m->xq_row = (m->xq_row + 63) & ~(size_t)63;
     uint8_t *p = ffn_scratch_reserve(&c->inputs, n_x * m->xq_row + n * (sizeof *m->rows + sizeof *m->ffn +
-                                                                       sizeof *m->products));
+                                                                       sizeof *m->products + sizeof *m->slab));
     if (p == NULL) return false;
     m->xq = p;
     p += n_x * m->xq_row;
@@ -158,6 +159,8 @@ static bool node_memory_reserve(struct backend_context *c, const struct ggml_ten
     m->ffn = (struct ffn_row *)p;
     p += n * sizeof *m->ffn;
     m->products = (struct ffn_product *)p;
+    p += n * sizeof *m->products;
+    m->slab = (struct slab_row *)p;
     return true;
 }
 
@@ -228,6 +231,20 @@ static int compute_dense(struct backend_context *c, struct ggml_tensor *node, co
     }
     ffn_dense(m.products, (int)n, src0->type, src0->ne[0], src0->ne[1], stride, c->n_threads);
     return ABI_STATUS_SUCCESS;
+}
+
+/* A product with a streamed matrix. */
+static int compute_slab(struct backend_context *c, struct ggml_tensor *node, struct pi_slab *slab) {
+    struct node_memory m;
+    if (!node_memory_reserve(c, node, slab->spec.type, &m)) return ABI_STATUS_ALLOC_FAILED;
+    const int64_t n = product_rows(node, m.rows);
+    if (n < 0) return ABI_STATUS_FAILED;
+    quantize_inputs(c, node->src[1], slab->spec.type, &m);
+    for (int64_t r = 0; r < n; r++) {
+        m.slab[r] = (struct slab_row){
+            m.rows[r].expert, input_of(node, &m, &m.rows[r]), row_at(node, m.rows[r].i1, m.rows[r].i2)};
+    }
+    return status_of(slab_product(slab, m.slab, (int)n, c->n_threads, &c->work));
 }
 
 /* The nodes of one layer that are computed at once. */
@@ -355,6 +372,7 @@ static int compute_product(struct backend_context *c, struct ggml_cgraph *graph,
         c->activated = NULL; /* addresses are reused from graph to graph */
         f = (struct fused){.down = node};
         return compute_sparse(c, &f, w);
+    case PI_ROLE_SLAB: return compute_slab(c, node, w->slab);
     default: return compute_dense(c, node, w);
     }
 }

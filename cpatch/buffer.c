@@ -2,7 +2,7 @@
 #define _GNU_SOURCE
 #include "buffer.h"
 
-#include "ffn.h"
+#include "slab.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -10,7 +10,7 @@
 
 enum { ALIGNMENT = 64 };
 
-static const struct pi_weight plain_weight = {PI_ROLE_PLAIN, NULL};
+static const struct pi_weight plain_weight = {PI_ROLE_PLAIN, NULL, NULL};
 
 struct buffer_context {
     struct pi_model *model;
@@ -59,6 +59,12 @@ static int buffer_init_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *
     struct pi_weight *w = pi_model_find(c->model, t->name);
     t->extra = w;
     if (w == NULL) return ABI_STATUS_SUCCESS;
+    if (w->role == PI_ROLE_SLAB) {
+        const struct pi_slab_spec *slab = &w->slab->spec;
+        const bool same = t->type == slab->type && t->ne[0] == slab->n_in && t->ne[1] == slab->n_out &&
+                          t->ne[2] == (slab->n_expert == 0 ? 1 : slab->n_expert) && t->ne[3] == 1;
+        return same ? ABI_STATUS_SUCCESS : ABI_STATUS_FAILED;
+    }
     const struct pi_layer_spec *spec = &w->layer->spec;
     const bool down = w->role == PI_ROLE_DOWN;
     const int type = w->role == PI_ROLE_GATE ? spec->gate_type : down ? spec->down_source_type : spec->up_type;
@@ -107,6 +113,7 @@ static void rebuild_neuron(int64_t unit, void *context) {
 
 /* Rebuilds a matrix as llama.cpp was shown it: down goes back from columns to rows, into the source's type. 0 or -1. */
 static int rebuild(const struct pi_weight *w, uint8_t *dst) {
+    if (w->role == PI_ROLE_SLAB) return slab_copy(w->slab, dst) == FFN_OK ? 0 : -1;
     const struct pi_layer_spec *spec = &w->layer->spec;
     const int64_t rows = spec->n_embd * (spec->n_expert == 0 ? 1 : spec->n_expert);
     struct rebuild to = {.layer = w->layer, .role = w->role, .rows = dst};

@@ -4,6 +4,7 @@
 
 #include "backend.h"
 #include "kernels.h"
+#include "slab.h"
 
 #include <errno.h>
 #include <omp.h>
@@ -38,6 +39,8 @@ void pi_model_unref(struct pi_model *model) {
         free(layer->pred_bias);
         free(layer->thresholds);
     }
+    for (int i = 0; i < model->n_slabs; i++) store_close(model->slabs[i].store);
+    free(model->slabs);
     flash_close(model->flash);
     pthread_mutex_destroy(&model->evaluating);
     free(model);
@@ -63,6 +66,9 @@ struct pi_weight *pi_model_find(struct pi_model *model, const char *tensor_name)
         if (layer->spec.up_name != NULL && strcmp(layer->up_name, tensor_name) == 0) return &layer->up;
         if (strcmp(layer->down_name, tensor_name) == 0) return &layer->down;
     }
+    for (int i = 0; i < model->n_slabs; i++) {
+        if (strcmp(model->slabs[i].name, tensor_name) == 0) return &model->slabs[i].weight;
+    }
     return NULL;
 }
 
@@ -80,14 +86,14 @@ int pi_model_stats(struct pi_model *model, int i, int phase, struct pi_layer_sta
 }
 
 int pi_model_flash_stats(struct pi_model *model, int i, struct pi_flash_stats *out) {
-    if (i < 0 || i >= model->n_layers) return -1;
+    if (i < 0 || i >= model->n_layers + model->n_slabs) return -1;
     *out = (struct pi_flash_stats){0};
     if (model->flash == NULL) return 0;
     struct io_stats io;
     io_get_stats(flash_io(model->flash), &io);
     out->reads = io.reads;
     out->read_bytes = io.windows;
-    const struct store *store = model->layers[i].store;
+    const struct store *store = i < model->n_layers ? model->layers[i].store : model->slabs[i - model->n_layers].store;
     if (store == NULL) return 0;
     const struct store_counters *c = &store->counters;
     out->wanted = c->wanted;
@@ -100,6 +106,10 @@ int pi_model_flash_stats(struct pi_model *model, int i, struct pi_flash_stats *o
     return 0;
 }
 
+int pi_model_io_engine(struct pi_model *model) {
+    return model->flash == NULL ? 0 : (int)io_engine(flash_io(model->flash));
+}
+
 int pi_model_error(struct pi_model *model, int *file, int64_t *offset) {
     uint64_t at = 0;
     *file = 0;
@@ -109,6 +119,7 @@ int pi_model_error(struct pi_model *model, int *file, int64_t *offset) {
 }
 
 void pi_model_reset_stats(struct pi_model *model) {
+    for (int i = 0; i < model->n_slabs; i++) store_reset_counters(model->slabs[i].store);
     for (int i = 0; i < model->n_layers; i++) {
         if (model->layers[i].store != NULL) store_reset_counters(model->layers[i].store);
         for (int phase = 0; phase < 2; phase++) {
@@ -219,7 +230,7 @@ static void set_name(struct pi_weight *weight, enum pi_role role, struct pi_laye
     if (*source == NULL) return;
     strcpy(name, *source);
     *source = name;
-    *weight = (struct pi_weight){role, layer};
+    *weight = (struct pi_weight){role, layer, NULL};
 }
 
 static int copy_order(struct pi_layer *layer, const int32_t *order, char *err, size_t err_len) {
@@ -240,7 +251,7 @@ static int copy_order(struct pi_layer *layer, const int32_t *order, char *err, s
 }
 
 /* Memory for all bundles, or slots for some. */
-static int bundle_memory(struct pi_layer *layer, int64_t total, enum store_policy policy, char *err, size_t err_len) {
+static int bundle_memory(struct pi_layer *layer, int64_t total, char *err, size_t err_len) {
     const struct pi_layer_spec *spec = &layer->spec;
     if (spec->n_slots > 0) {
         const struct store_spec store = {.offset = (uint64_t)spec->file_offset,
@@ -248,7 +259,7 @@ static int bundle_memory(struct pi_layer *layer, int64_t total, enum store_polic
                                          .n_units = (uint32_t)(spec->n_ff * experts_of(spec)),
                                          .n_slots = (uint32_t)spec->n_slots,
                                          .n_pinned = (uint32_t)spec->n_hot,
-                                         .policy = policy};
+                                         .policy = layer->model->policy};
         char why[128];
         layer->store = store_open(layer->model->flash, &store, why, sizeof why);
         if (layer->store == NULL) snprintf(err, err_len, "layer %d: %s", spec->index, why);
@@ -268,7 +279,7 @@ static int bundle_memory(struct pi_layer *layer, int64_t total, enum store_polic
 
 /* Copies a spec into the layer and checks it against the types and the file. Returns 0, or -1 with a sentence. */
 static int layer_init(struct pi_layer *layer, struct pi_model *model, const struct pi_layer_spec *spec,
-                      int64_t file_size, enum store_policy policy, char *err, size_t err_len) {
+                      int64_t file_size, char *err, size_t err_len) {
     int64_t total;
     const char *field = check_spec(spec, file_size, &total);
     if (field == NULL && spec->n_slots > 0 && model->flash == NULL) field = "number of slots";
@@ -283,7 +294,7 @@ static int layer_init(struct pi_layer *layer, struct pi_model *model, const stru
     set_name(&layer->up, PI_ROLE_UP, layer, layer->up_name, &layer->spec.up_name);
     set_name(&layer->down, PI_ROLE_DOWN, layer, layer->down_name, &layer->spec.down_name);
     if (spec->order != NULL && copy_order(layer, spec->order, err, err_len) != 0) return -1;
-    return bundle_memory(layer, total, policy, err, err_len);
+    return bundle_memory(layer, total, err, err_len);
 }
 
 /* Reads size bytes at offset. Returns 0, EIO at the end of the file, or the errno. */
@@ -385,7 +396,7 @@ static int layer_read(struct pi_layer *layer, int fd, int n_threads, char *err, 
     return 0;
 }
 
-static struct flash *open_flash(int fd, const struct pi_flash_spec *spec, char *err, size_t err_len) {
+static struct flash *open_flash(const int *fds, int n_files, const struct pi_flash_spec *spec, char *err, size_t err_len) {
     const struct flash_options options = {.engine = (enum io_engine)spec->engine,
                                           .depth = spec->depth,
                                           .gap = spec->gap < 0 ? 0 : (size_t)spec->gap,
@@ -395,17 +406,20 @@ static struct flash *open_flash(int fd, const struct pi_flash_spec *spec, char *
         snprintf(err, err_len, "bad settings for reading from flash");
         return NULL;
     }
-    return flash_open(&fd, 1, &options, err, err_len);
+    return flash_open(fds, n_files, &options, err, err_len);
 }
 
-struct pi_model *pi_model_open(int fd, int n_layers, const struct pi_layer_spec *specs, int activation,
-                               const struct pi_flash_spec *flash, char *err, size_t err_len) {
+struct pi_model *pi_model_open(const int *fds, int n_files, int n_layers, const struct pi_layer_spec *specs, int n_slabs,
+                               const struct pi_slab_spec *slabs, int activation, const struct pi_flash_spec *flash,
+                               char *err, size_t err_len) {
     struct stat st;
-    if (activation < PI_ACT_NATIVE || activation > PI_ACT_GELU || n_layers < 0 || n_layers > 65536) {
-        snprintf(err, err_len, "unknown activation %d or bad layer count %d", activation, n_layers);
+    if (activation < PI_ACT_NATIVE || activation > PI_ACT_GELU || n_layers < 0 || n_layers > 65536 || n_slabs < 0 ||
+        n_slabs > 1 << 20 || n_files < 1 || n_files > 65536 || (n_slabs > 0 && flash == NULL)) {
+        snprintf(err, err_len, "unknown activation %d or bad counts of layers (%d), matrices (%d) or files (%d)", activation,
+                 n_layers, n_slabs, n_files);
         return NULL;
     }
-    if (fstat(fd, &st) != 0) {
+    if (fstat(fds[0], &st) != 0) {
         snprintf(err, err_len, "cannot stat the model file: %s", strerror(errno));
         return NULL;
     }
@@ -422,12 +436,21 @@ struct pi_model *pi_model_open(int fd, int n_layers, const struct pi_layer_spec 
     backend_buft_init(&model->buft, model);
     bool ok = true;
     if (flash != NULL) {
-        model->flash = open_flash(fd, flash, err, err_len);
+        model->flash = open_flash(fds, n_files, flash, err, err_len);
+        model->policy = (enum store_policy)flash->policy;
         ok = model->flash != NULL;
     }
-    const enum store_policy policy = flash == NULL ? STORE_LFU : (enum store_policy)flash->policy;
+    model->slabs = calloc((size_t)n_slabs + 1, sizeof *model->slabs);
+    if (model->slabs == NULL) {
+        snprintf(err, err_len, "no memory for %d matrices", n_slabs);
+        ok = false;
+    }
     for (int i = 0; ok && i < n_layers; i++) {
-        ok = layer_init(&model->layers[i], model, &specs[i], (int64_t)st.st_size, policy, err, err_len) == 0;
+        ok = layer_init(&model->layers[i], model, &specs[i], (int64_t)st.st_size, err, err_len) == 0;
+    }
+    for (; ok && model->n_slabs < n_slabs; model->n_slabs++) {
+        ok = slab_init(&model->slabs[model->n_slabs], model, &slabs[model->n_slabs], err, err_len) == 0;
+        if (!ok) break;
     }
     if (ok) return model;
     pi_model_unref(model);
@@ -437,6 +460,15 @@ struct pi_model *pi_model_open(int fd, int n_layers, const struct pi_layer_spec 
 int pi_model_read(struct pi_model *model, int fd, int n_threads, char *err, size_t err_len) {
     for (int i = 0; i < model->n_layers; i++) {
         if (layer_read(&model->layers[i], fd, n_threads < 1 ? 1 : n_threads, err, err_len) != 0) return -1;
+    }
+    for (int i = 0; i < model->n_slabs; i++) {
+        if (store_fill(model->slabs[i].store) == 0) continue;
+        int file;
+        uint64_t offset;
+        const int code = flash_error(model->flash, &file, &offset);
+        snprintf(err, err_len, "%s: reading file %d at offset %llu failed: %s", model->slabs[i].name, file,
+                 (unsigned long long)offset, code == ENODATA ? "the file ended early" : strerror(code));
+        return -1;
     }
     return 0;
 }

@@ -22,16 +22,19 @@ enum pi_role {
     PI_ROLE_GATE,
     PI_ROLE_UP,
     PI_ROLE_DOWN,
+    PI_ROLE_SLAB, /* a whole matrix in stock's layout, streamed: slab.h */
 };
 
 struct pi_layer;
+struct pi_slab;
 
 enum { PI_SCALE_GROUP = 32 }; /* neurons that share a row of scales */
 
 /* What tensor->extra points to for a weight of ours. */
 struct pi_weight {
     enum pi_role role;
-    struct pi_layer *layer;
+    struct pi_layer *layer; /* NULL for PLAIN and SLAB */
+    struct pi_slab *slab;   /* NULL for the others */
 };
 
 /* Counters of one layer; [0] counts ubatches of one token (decode), [1] larger ones (prefill, batches).
@@ -67,7 +70,10 @@ struct pi_model {
     enum pi_activation activation;
     atomic_bool dense; /* compute every neuron: the reference path */
     struct flash *flash; /* NULL: nothing is streamed */
+    enum store_policy policy;
     pthread_mutex_t evaluating; /* held while a layer with a store is evaluated: its rounds are for one at a time */
+    int n_slabs;
+    struct pi_slab *slabs;
     int n_layers;
     struct pi_layer layers[];
 };

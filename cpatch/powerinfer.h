@@ -58,6 +58,19 @@ struct pi_layer_spec {
     int64_t n_hot;         /* of these, the first n_hot never leave it */
 };
 
+/* A matrix in stock's layout that is streamed: the experts of a mixture, or, dense, in tiles of rows. */
+struct pi_slab_spec {
+    const char *name;      /* of the tensor, blk.N.ffn_gate_exps.weight */
+    int group;             /* slabs that share their routing have the same */
+    int type;
+    int64_t n_in, n_out;   /* values of a row, rows (of one expert) */
+    int64_t n_expert;      /* 0: a dense matrix */
+    int64_t tile;          /* rows of a unit of a dense matrix; divides n_out */
+    int file;              /* which of the files, */
+    int64_t offset;        /* and where in it */
+    int64_t n_slots;       /* experts or tiles that may be in memory */
+};
+
 /* How to read what is not in memory. */
 struct pi_flash_spec {
     int engine;   /* enum io_engine: 0 chooses */
@@ -86,10 +99,12 @@ int pi_init(const char *lib_dir, char *err, size_t err_len);
 /* ggml_version() of the library in use; only after pi_init. */
 const char *pi_ggml_version(void);
 
-/* Checks every offset and size of the specs against the file and the types, and reserves memory for the bundles.
- * flash: NULL when no layer has n_slots. NULL on bad specs or lack of memory. */
-struct pi_model *pi_model_open(int fd, int n_layers, const struct pi_layer_spec *specs, int activation,
-                               const struct pi_flash_spec *flash, char *err, size_t err_len);
+/* Checks every offset and size of the specs against the files and the types, and reserves memory for the bundles, which
+ * are in the first file. flash: NULL when no layer has n_slots and there are no slabs. NULL on bad specs or lack of
+ * memory. */
+struct pi_model *pi_model_open(const int *fds, int n_files, int n_layers, const struct pi_layer_spec *specs, int n_slabs,
+                               const struct pi_slab_spec *slabs, int activation, const struct pi_flash_spec *flash,
+                               char *err, size_t err_len);
 
 /* Reads the bundles of all layers from the same fd (those with n_slots: as many as have a slot); before that, nothing may
  * be computed. Can go on beside llama.cpp's own loading. n_threads: how many reads run side by side. -1 on short or
@@ -98,6 +113,8 @@ int pi_model_read(struct pi_model *model, int fd, int n_threads, char *err, size
 
 /* The first read that failed since the last call: 0, or its errno (ESTALE: the file has changed), with the position. */
 int pi_model_error(struct pi_model *model, int *file, int64_t *offset);
+/* enum io_engine: what it reads with; 0 when nothing is streamed. */
+int pi_model_io_engine(struct pi_model *model);
 void pi_model_close(struct pi_model *model); /* drops the opener's reference */
 
 /* The ggml_backend_buffer_type_t to name in llama_model_params.tensor_buft_overrides. */
@@ -108,6 +125,7 @@ void pi_model_set_dense(struct pi_model *model, bool dense);
 
 /* Copies the counters of layer i (0-based position, not blk index); phase 0: decode, 1: larger ubatches. */
 int pi_model_stats(struct pi_model *model, int i, int phase, struct pi_layer_stats *out);
+/* Of layer i, or, from n_layers on, of slab i - n_layers. */
 int pi_model_flash_stats(struct pi_model *model, int i, struct pi_flash_stats *out);
 void pi_model_reset_stats(struct pi_model *model);
 
@@ -128,18 +146,20 @@ int pi_model_count(void);
 struct pi_extent {
     int64_t offset;      /* in the stream; ascending, not overlapping, not before the header's end */
     int64_t size;
-    int64_t file_offset; /* in fd, or -1 for a hole */
+    int64_t file_offset; /* in the file, or -1 for a hole */
+    int file;            /* which of the files */
 };
 
 struct pi_vgguf;
 
-/* Opens the stream. fd is duplicated. NULL on bad extents. */
-struct pi_vgguf *pi_vgguf_open(int fd, const void *header, int64_t header_size, const struct pi_extent *extents,
+/* Opens the stream. fds are duplicated. drop: read bytes leave the page cache, which a memory limit may count. NULL on bad
+ * extents. */
+struct pi_vgguf *pi_vgguf_open(const int *fds, int n_files, bool drop, const void *header, int64_t header_size, const struct pi_extent *extents,
                                int n_extents, char *err, size_t err_len);
 /* The FILE* to hand to llama_model_load_from_file_ptr; owned by the stream. */
 void *pi_vgguf_file(struct pi_vgguf *v);
-/* 0, or the errno of the first read that failed; *offset is then the position in the real file. */
-int pi_vgguf_error(struct pi_vgguf *v, int64_t *offset);
+/* 0, or the errno of the first read that failed; *file and *offset are then where. */
+int pi_vgguf_error(struct pi_vgguf *v, int *file, int64_t *offset);
 void pi_vgguf_close(struct pi_vgguf *v);
 
 /* Quantised rows at y from n_rows x n floats at x, through ggml's own routines. -1: unknown type or a row length that

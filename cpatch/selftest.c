@@ -57,7 +57,7 @@ static struct pi_model *open_model(const struct weights *w, char *err, size_t er
         if (fd >= 0) close(fd);
         return NULL;
     }
-    struct pi_model *model = pi_model_open(fd, 1, &spec, PI_ACT_RELU, NULL, err, err_len);
+    struct pi_model *model = pi_model_open(&fd, 1, 1, &spec, 0, NULL, PI_ACT_RELU, NULL, err, err_len);
     if (model != NULL && pi_model_read(model, fd, 1, err, err_len) != 0) {
         pi_model_close(model);
         model = NULL;

@@ -14,7 +14,7 @@
 enum {
     MAX_PENDING = 4096,  /* reads queued or in flight */
     MAX_BATCH = 64,      /* reads handed to the io, and completions taken from it, at once */
-    DEFAULT_DEPTH = 64,
+    DEFAULT_DEPTH = 128,
     SAMPLES = 12,        /* slots that are compared to find one to evict */
     AGE_ROUNDS = 64      /* uses are halved so often: the half-life of the LFU policy, in tokens */
 };
@@ -56,6 +56,10 @@ struct io *flash_io(struct flash *flash) {
     return flash->io;
 }
 
+bool flash_stale(struct flash *flash) {
+    return atomic_load_explicit(&flash->stale, memory_order_relaxed);
+}
+
 static void record_error(struct flash *f, int error, int file, uint64_t offset) {
     if (f->error != 0) return;
     f->error = error;
@@ -73,16 +77,27 @@ int flash_error(struct flash *f, int *file, uint64_t *offset) {
     return error;
 }
 
+/* Memory that reads go to. Huge pages halve what a large read costs (fewer pieces for the device), and the TLB likes them
+ * too; hence the alignment. NULL when there is none. Free with munmap. */
+static void *io_memory(size_t size) {
+    const size_t huge = 2u << 20;
+    uint8_t *p = mmap(NULL, size + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) return NULL;
+    uint8_t *aligned = (uint8_t *)(((uintptr_t)p + huge - 1) & ~(uintptr_t)(huge - 1));
+    const size_t size_in_pages = (size + 4095) & ~(size_t)4095;
+    if (aligned > p) munmap(p, (size_t)(aligned - p));
+    if (p + huge > aligned) munmap(aligned + size_in_pages, (size_t)(p + huge - aligned));
+    (void)madvise(aligned, size, MADV_HUGEPAGE); /* advice only */
+    return aligned;
+}
+
 static bool flash_memory(struct flash *f) {
     const size_t align = io_align(f->io);
     f->staging_size = (f->options.run + 2 * align + 4095) & ~(size_t)4095;
     f->n_staging = f->options.depth;
-    void *staging = mmap(NULL, f->staging_size * (size_t)f->n_staging, PROT_READ | PROT_WRITE,
-                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    f->staging = staging == MAP_FAILED ? NULL : staging;
+    f->staging = io_memory(f->staging_size * (size_t)f->n_staging);
     f->free_staging = calloc((size_t)f->n_staging, sizeof *f->free_staging);
     if (f->staging == NULL || f->free_staging == NULL) return false;
-    (void)io_register(f->io, f->staging, f->staging_size * (size_t)f->n_staging); /* costs only time if refused */
     for (int i = 0; i < f->n_staging; i++) f->free_staging[f->n_free_staging++] = i;
     for (int i = 0; i < MAX_PENDING; i++) f->free_pending[f->n_free_pending++] = MAX_PENDING - 1 - i;
     return true;
@@ -262,8 +277,7 @@ struct store *store_open(struct flash *f, const struct store_spec *spec, char *e
         return NULL;
     }
     s->slots_size = s->slot_size * spec->n_slots;
-    void *slots = mmap(NULL, s->slots_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    s->slots = slots == MAP_FAILED ? NULL : slots;
+    s->slots = io_memory(s->slots_size);
     s->slot_of = malloc(spec->n_units * sizeof *s->slot_of);
     s->uses = calloc(spec->n_units, sizeof *s->uses);
     s->unit_of = malloc(spec->n_slots * sizeof *s->unit_of);
@@ -460,6 +474,12 @@ int store_wait(struct store *s, uint32_t unit) {
     }
     s->counters.wait_ns += now_ns() - start;
     return result;
+}
+
+void store_sleep(struct store *s) {
+    const uint64_t start = now_ns();
+    (void)flash_progress(s->flash, true);
+    s->counters.wait_ns += now_ns() - start;
 }
 
 void store_reset_counters(struct store *s) {

@@ -42,6 +42,9 @@ int flash_error(struct flash *flash, int *file, uint64_t *offset);
 
 struct io *flash_io(struct flash *flash);
 
+/* Has a file changed since it was opened? Then nothing that was read since can be trusted. */
+bool flash_stale(struct flash *flash);
+
 enum store_policy { STORE_LFU = 0, STORE_LRU = 1 };
 
 struct store_spec {
@@ -115,6 +118,9 @@ static inline bool store_ready(const struct store *store, uint32_t unit) {
 
 /* Waits until a wanted unit is in memory. -1: its read failed. */
 int store_wait(struct store *store, uint32_t unit);
+
+/* Waits for whatever arrives next; counts the time as store_wait() does. */
+void store_sleep(struct store *store);
 
 /* The bytes of a unit that is ready. */
 static inline const uint8_t *store_unit(const struct store *store, uint32_t unit) {

@@ -6,19 +6,22 @@
 #include "powerinfer.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 struct pi_vgguf {
-    int fd;
+    int *fds, n_files;
+    bool drop;
     FILE *file;
     uint8_t *header;
     int64_t header_size, size, pos;
     int n_extents;
     struct pi_extent *extents;
-    int error; /* errno of the first failed read, and where in fd it was */
+    int error; /* errno of the first failed read, and where it was */
+    int error_file;
     int64_t error_offset;
 };
 
@@ -51,15 +54,18 @@ static ssize_t vgguf_read(void *cookie, char *buf, size_t size) {
             const int64_t in = v->pos - e->offset;
             n = e->size - in < left ? e->size - in : left;
             if (e->file_offset >= 0) {
-                const ssize_t got = pread(v->fd, buf + done, (size_t)n, (off_t)(e->file_offset + in));
+                const off_t from = (off_t)(e->file_offset + in);
+                const ssize_t got = pread(v->fds[e->file], buf + done, (size_t)n, from);
                 if (got < 0 && errno == EINTR) continue;
                 if (got <= 0) {
                     v->error = got < 0 ? errno : ENODATA;
+                    v->error_file = e->file;
                     v->error_offset = e->file_offset + in;
                     errno = EIO;
                     return done > 0 ? (ssize_t)done : -1;
                 }
                 n = got;
+                if (v->drop) (void)posix_fadvise(v->fds[e->file], from, (off_t)got, POSIX_FADV_DONTNEED);
             }
         }
         v->pos += n;
@@ -81,32 +87,41 @@ static int vgguf_seek(void *cookie, off64_t *offset, int whence) {
     return 0;
 }
 
-static int extents_fit(const struct pi_extent *extents, int n, int64_t header_size, int64_t file_size) {
+/* Opens the files again and checks the extents against their sizes. */
+static int extents_fit(const struct pi_extent *extents, int n, int64_t header_size, const int *fds, int n_files) {
     int64_t end = header_size;
     for (int i = 0; i < n; i++) {
         const struct pi_extent *e = &extents[i];
         if (e->size < 0 || e->offset < end || e->size > INT64_MAX - e->offset) return 0;
         if (e->file_offset < -1) return 0;
-        if (e->file_offset >= 0 && (e->file_offset > file_size || e->size > file_size - e->file_offset)) return 0;
+        struct stat st;
+        if (e->file_offset >= 0 && (e->file < 0 || e->file >= n_files || fstat(fds[e->file], &st) != 0 ||
+                                    e->file_offset > st.st_size || e->size > st.st_size - e->file_offset))
+            return 0;
         end = e->offset + e->size;
     }
     return 1;
 }
 
-struct pi_vgguf *pi_vgguf_open(int fd, const void *header, int64_t header_size, const struct pi_extent *extents,
-                               int n_extents, char *err, size_t err_len) {
-    struct stat st;
-    if (fstat(fd, &st) != 0) {
-        snprintf(err, err_len, "cannot stat the model file: %s", strerror(errno));
-        return NULL;
-    }
-    if (header_size <= 0 || n_extents < 0 || !extents_fit(extents, n_extents, header_size, (int64_t)st.st_size)) {
+struct pi_vgguf *pi_vgguf_open(const int *fds, int n_files, bool drop, const void *header, int64_t header_size,
+                               const struct pi_extent *extents, int n_extents, char *err, size_t err_len) {
+    if (header_size <= 0 || n_files < 0 || n_extents < 0 ||
+        !extents_fit(extents, n_extents, header_size, fds, n_files)) {
         snprintf(err, err_len, "the virtual GGUF's extents overlap or reach past the end of the file");
         return NULL;
     }
     struct pi_vgguf *v = calloc(1, sizeof *v);
     if (v == NULL) goto no_memory;
-    v->fd = -1;
+    v->drop = drop;
+    v->fds = calloc((size_t)n_files + 1, sizeof *v->fds);
+    if (v->fds == NULL) goto no_memory;
+    for (; v->n_files < n_files; v->n_files++) {
+        v->fds[v->n_files] = dup(fds[v->n_files]);
+        if (v->fds[v->n_files] >= 0) continue;
+        snprintf(err, err_len, "cannot duplicate a file descriptor: %s", strerror(errno));
+        pi_vgguf_close(v);
+        return NULL;
+    }
     v->header = malloc((size_t)header_size);
     v->extents = calloc((size_t)n_extents + 1, sizeof v->extents[0]);
     if (v->header == NULL || v->extents == NULL) goto no_memory;
@@ -115,12 +130,6 @@ struct pi_vgguf *pi_vgguf_open(int fd, const void *header, int64_t header_size, 
     v->header_size = header_size;
     v->n_extents = n_extents;
     v->size = n_extents == 0 ? header_size : extents[n_extents - 1].offset + extents[n_extents - 1].size;
-    v->fd = dup(fd);
-    if (v->fd < 0) {
-        snprintf(err, err_len, "cannot duplicate the file descriptor: %s", strerror(errno));
-        pi_vgguf_close(v);
-        return NULL;
-    }
     v->file = fopencookie(v, "rb", (cookie_io_functions_t){.read = vgguf_read, .seek = vgguf_seek});
     if (v->file != NULL) {
         /* ggml reads a vocabulary string by string; a failure here only leaves the small default buffer. */
@@ -137,7 +146,8 @@ void *pi_vgguf_file(struct pi_vgguf *v) {
     return v->file;
 }
 
-int pi_vgguf_error(struct pi_vgguf *v, int64_t *offset) {
+int pi_vgguf_error(struct pi_vgguf *v, int *file, int64_t *offset) {
+    *file = v->error_file;
     *offset = v->error_offset;
     return v->error;
 }
@@ -145,7 +155,8 @@ int pi_vgguf_error(struct pi_vgguf *v, int64_t *offset) {
 void pi_vgguf_close(struct pi_vgguf *v) {
     if (v == NULL) return;
     if (v->file != NULL) fclose(v->file);
-    if (v->fd >= 0) close(v->fd);
+    for (int i = 0; i < v->n_files; i++) close(v->fds[i]);
+    free(v->fds);
     free(v->header);
     free(v->extents);
     free(v);

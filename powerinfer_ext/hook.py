@@ -24,6 +24,7 @@ from typing import Any
 import llama_cpp
 import llama_cpp.llama_cpp as bindings
 
+from gguf_tools.errors import FormatError
 from gguf_tools.reader import GGUFFile
 from gguf_tools.sparse import K_VERSION
 from powerinfer_ext import loader
@@ -60,7 +61,7 @@ class SparseModelPointer(int):
         return pointer
 
 
-def install(*, sparse_mode: str = "exact") -> None:
+def install(*, sparse_mode: str = "exact", memory: int | str | None = None, io: str = "auto") -> None:
     """Make every `llama_cpp.Llama` of this process open sparse-GGUF files too (idempotent).
 
     Existing code, llama-cpp-python's server and frameworks built on it need no edit. A second call only
@@ -68,7 +69,7 @@ def install(*, sparse_mode: str = "exact") -> None:
     call.
     """
     global _installed
-    options = loader.Options(sparse_mode)
+    options = loader.Options(sparse_mode, memory, io)
     with _lock:
         if _installed is not None:
             _refuse_if_covered("change the options of")
@@ -129,22 +130,31 @@ class _Dispatcher:
             return self.original(path_model, params)
         path = os.fsdecode(path_model)
         unreadable: ValueError | None = None
-        file: GGUFFile | None = None
         try:
-            file = GGUFFile.open(path)
+            loaded = loader.load(path, params, options)
+        except FormatError as error:
+            if _is_ours(path):
+                raise
+            unreadable, loaded = error, None  # stock decides: it may read what our strict reader does not
         except OSError:
             if scoped is not None:
                 raise
-        except ValueError as error:
-            unreadable = error  # stock decides: it may read what our strict reader does not
-        if file is None or K_VERSION not in file.fields:
-            if file is not None:
-                file.close()
-            pointer = self.original(path_model, params)
-            if pointer is None and unreadable is not None:
-                raise unreadable  # says why; LlamaModel's ValueError is just "Failed to load model from file"
-            return pointer
-        return SparseModelPointer.of(*loader.load(file, params, options))
+            loaded = None
+        if loaded is not None:
+            return SparseModelPointer.of(*loaded)
+        pointer = self.original(path_model, params)
+        if pointer is None and unreadable is not None:
+            raise unreadable  # says why; LlamaModel's ValueError is just "Failed to load model from file"
+        return pointer
+
+
+def _is_ours(path: str) -> bool:
+    """Whether the file's header can be read and says that it is a sparse-GGUF."""
+    try:
+        with GGUFFile.open(path) as file:
+            return K_VERSION in file.fields
+    except (OSError, ValueError):
+        return False
 
 
 def _put() -> list[_Dispatcher]:

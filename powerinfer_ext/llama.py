@@ -11,6 +11,7 @@ import llama_cpp
 from powerinfer_ext.errors import PowerInferError
 from powerinfer_ext.hook import sparse_loading
 from powerinfer_ext.loader import Options
+from powerinfer_ext.placement import Context
 
 
 class Llama(llama_cpp.Llama):
@@ -20,19 +21,31 @@ class Llama(llama_cpp.Llama):
         model_path: a GGUF file. A stock one runs as it always did.
         sparse_mode: for a sparse-GGUF, "exact" computes only the neurons that fire, "dense" all of them (the
             answer is the same; it is there to compare with).
+        memory: a budget for the whole process in bytes, or as "4GiB" or "50%" (of the model's file). What does not
+            fit is streamed from flash: neurons of a sparse-GGUF, experts of a mixture (any GGUF, split files too),
+            FFN weights of any other. None: everything is kept in memory if it fits, else what is available is the
+            budget.
+        io: how to read what is streamed: "io_uring", "threads", or "auto".
         **kwargs: everything `llama_cpp.Llama` takes.
 
     Raises:
         ValueError: no such file, not a model, or (gguf_tools.FormatError) a damaged sparse-GGUF.
-        PowerInferError: the sparse-GGUF is fine but cannot run here; the text says why.
+        PowerInferError: the file is fine but cannot run here, or not within the budget; the text says why. Also while
+            generating, when reading from flash fails: the text names file and offset.
     """
 
     def __init__(
-        self, model_path: str | os.PathLike[str], *, sparse_mode: str = "exact", **kwargs: Any
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        sparse_mode: str = "exact",
+        memory: int | str | None = None,
+        io: str = "auto",
+        **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # what close() needs, should the next lines raise
-        options = Options(sparse_mode)
-        self.sparse_mode = sparse_mode
+        options = Options(sparse_mode, memory, io, _context(kwargs))
+        self.sparse_mode, self.memory, self.io = sparse_mode, memory, io
         with sparse_loading(options):
             super().__init__(os.fspath(model_path), **kwargs)
         if self.lora_path and not self._lora_adapter:  # a null pointer: llama-cpp-python takes it for success
@@ -44,7 +57,18 @@ class Llama(llama_cpp.Llama):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "sparse_mode": self.sparse_mode}
+        return {**super().__getstate__(), "sparse_mode": self.sparse_mode, "memory": self.memory, "io": self.io}
+
+    def eval(self, tokens: Any) -> None:
+        """`llama_cpp.Llama.eval`; when reading from flash failed, the exception says where."""
+        try:
+            super().eval(tokens)
+        except RuntimeError as error:
+            sparse = _sparse_model(self)
+            failure = sparse.failure() if sparse is not None else None
+            if failure is None:
+                raise
+            raise PowerInferError(failure) from error
 
     def sparse_stats(self) -> dict[str, Any]:
         """What the sparse engine did since loading or the last `reset_sparse_stats()`; see `sparse_stats`."""
@@ -55,6 +79,19 @@ class Llama(llama_cpp.Llama):
         sparse = _sparse_model(self)
         if sparse is not None:
             sparse.reset_stats()
+
+
+def _context(kwargs: dict[str, Any]) -> Context:
+    """What the context that `llama_cpp.Llama(**kwargs)` makes will take."""
+    n_batch = kwargs.get("n_batch", 512)
+    wide = [kwargs.get(key) == 0 for key in ("type_k", "type_v")]  # GGML_TYPE_F32; quantised caches are smaller
+    return Context(
+        n_ctx=kwargs.get("n_ctx", 512),
+        n_batch=n_batch,
+        n_ubatch=min(n_batch, kwargs.get("n_ubatch", 512)),
+        kv_bytes=2.0 + sum(wide),
+        logits_all=bool(kwargs.get("logits_all", False)),
+    )
 
 
 def sparse_stats(llama: llama_cpp.Llama) -> dict[str, Any]:
@@ -68,7 +105,7 @@ def sparse_stats(llama: llama_cpp.Llama) -> dict[str, Any]:
     Raises PowerInferError when the model has been closed.
     """
     sparse = _sparse_model(llama)
-    return {"density": None, "tokens": 0, "layers": []} if sparse is None else sparse.stats()
+    return {"density": None, "tokens": 0, "layers": [], "flash": None} if sparse is None else sparse.stats()
 
 
 def _sparse_model(llama: llama_cpp.Llama) -> Any:

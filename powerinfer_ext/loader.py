@@ -1,14 +1,15 @@
-"""Loading a sparse-GGUF into stock llama.cpp: the Python half of the seam (docs/SEAM.md).
+"""Loading a model into stock llama.cpp with part of it in our hands: the Python half of the seam (docs/SEAM.md).
 
-What happens, in order: the file is checked (`gguf_tools.SparseGGUF`); the C backend meets the process's libggml and
-registers its device (once); stock's loader is given a stream that looks like the source GGUF (`gguf_tools.virtual`)
-with our buffer type named for the FFN tensors, so that it reads everything else; beside that the C backend reads the
-neuron bundles into memory.
+What happens, in order: the file is checked (`gguf_tools`); it is decided what is kept in memory and what is
+streamed (`placement`); the C backend meets the process's libggml and registers its device (once); stock's loader
+is given a stream that looks like the source GGUF (`gguf_tools.virtual`) with our buffer type named for the
+tensors that are ours, so that it reads everything else; beside that the C backend reads what it keeps of them.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import threading
@@ -21,12 +22,14 @@ import llama_cpp
 import llama_cpp.llama_cpp as bindings
 
 from gguf_tools.reader import GGUFFile
-from gguf_tools.sparse import SparseGGUF, SparseLayer
-from gguf_tools.virtual import virtual_header
+from gguf_tools.sparse import SparseLayer
+from gguf_tools.virtual import ModelFiles, virtual_header
 from powerinfer_ext.errors import PowerInferError
+from powerinfer_ext.placement import DEPTH, GAP, RUN, Context, Placement, place
 
 SUPPORTED_VERSIONS = ("0.3.36",)
 MODES = ("exact", "dense")
+IO_ENGINES = {"auto": 0, "io_uring": 1, "threads": 2}  # enum io_engine
 
 # enum pi_activation. silu and gelu stay stock's to compute, except where there are thresholds.
 _ACTIVATIONS = {"relu": 1, "relu2": 2, "drelu": 3, "silu": 4, "gelu": 5}
@@ -39,13 +42,24 @@ _native: tuple[Any, Any] | None = None
 
 @dataclass(frozen=True)
 class Options:
-    """How to run a sparse-GGUF. mode: "exact" computes the neurons that fire, "dense" computes all of them."""
+    """How to run a model.
+
+    mode: "exact" computes the neurons that fire (or, where the file has predictors, those they select), "dense"
+    computes all of them. memory: a budget for the whole process, in bytes, or as "4GiB" or "50%" of the model's
+    file; None keeps everything in memory if it fits. io: "auto", "io_uring" or "threads". context: what the
+    budget has to leave room for.
+    """
 
     mode: str = "exact"
+    memory: int | str | None = None
+    io: str = "auto"
+    context: Context = Context()
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise PowerInferError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
+        if self.io not in IO_ENGINES:
+            raise PowerInferError(f"I/O engine {self.io!r} is not one of {', '.join(IO_ENGINES)}")
 
 
 class _BufferTypeOverride(ctypes.Structure):
@@ -88,14 +102,16 @@ def native() -> tuple[Any, Any]:
 
 
 class SparseModel:
-    """The engine behind one loaded model: its bundles in memory and its counters.
+    """The engine behind one loaded model: what it holds of it, and its counters.
 
     llama.cpp's buffers hold references of their own, so the weights outlive this object where they must.
     """
 
-    def __init__(self, path: str, layers: list[SparseLayer], handle: Any) -> None:
+    def __init__(self, path: str, files: list[str], placement: Placement, handle: Any) -> None:
         self.path = path
-        self._layers = [(layer.index, layer.n_ff) for layer in layers]
+        self.placement = placement
+        self._files = files
+        self._layers = [(bundles.layer.index, bundles.layer.n_ff) for bundles in placement.bundles]
         self._ffi, self._lib = native()
         self._handle = handle
 
@@ -103,13 +119,17 @@ class SparseModel:
         """Counters since loading or the last reset.
 
         Returns:
-            density: share of neurons that the deciding product let through, mean over the layers; None before the
-                first token.
+            density: share of neurons that the deciding product (or predictor) let through, mean over the layers; None
+                before the first token.
             tokens: tokens counted, by the layer that saw most (the last one skips tokens whose logits nobody wants).
             layers: for every FFN layer: `layer` (index), `density`, `neurons` (per FFN or expert), `selected` and
                 `fired` (neuron evaluations let through, and of those with an activation other than zero), `tokens`
                 (rows: in a mixture one per token and routed expert), `seconds`, and `decode`, the same counts for
                 one-token steps alone.
+            flash: None when nothing is streamed, else `hit_rate` (share of wanted neurons, experts or tiles that were in
+                memory), `wanted`, `missed`, `read_bytes` (what was really read), `reads`, `wait_seconds` (threads'
+                time spent waiting for it, all threads together), `prefetched`, `prefetch_accuracy` (share of what was
+                read ahead and then used or dropped, that was used), `engine`, `slots_bytes`, `budget`.
         """
         layers = []
         for position, (index, neurons) in enumerate(self._layers):
@@ -121,7 +141,43 @@ class SparseModel:
             "density": sum(densities) / len(densities) if densities else None,
             "tokens": max((layer["tokens"] for layer in layers), default=0),
             "layers": layers,
+            "flash": self._flash() if self.placement.streams else None,
         }
+
+    def _flash(self) -> dict[str, Any]:
+        stats = self._ffi.new("struct pi_flash_stats *")
+        total = dict.fromkeys(("wanted", "missed", "prefetched", "useful", "wasted", "wait_ns"), 0)
+        for i in range(len(self.placement.bundles) + len(self.placement.matrices)):
+            self._lib.pi_model_flash_stats(self._handle, i, stats)
+            for key in total:
+                total[key] += getattr(stats, key)
+        settled = total["useful"] + total["wasted"]
+        engine = self._lib.pi_model_io_engine(self._handle)
+        return {
+            "hit_rate": 1 - total["missed"] / total["wanted"] if total["wanted"] else None,
+            "wanted": total["wanted"],
+            "missed": total["missed"],
+            "read_bytes": stats.read_bytes,
+            "reads": stats.reads,
+            "wait_seconds": total["wait_ns"] / 1e9,
+            "prefetched": total["prefetched"],
+            "prefetch_accuracy": total["useful"] / settled if settled else None,
+            "engine": next(name for name, number in IO_ENGINES.items() if number == engine),
+            "slots_bytes": self.placement.slots_bytes,
+            "budget": self.placement.budget,
+        }
+
+    def failure(self) -> str | None:
+        """What went wrong with reading since the last call, in a sentence, or None."""
+        file, offset = self._ffi.new("int *"), self._ffi.new("int64_t *")
+        code = self._lib.pi_model_error(self._handle, file, offset)
+        if code == 0:
+            return None
+        path = self._files[file[0]]
+        if code == errno.ESTALE:
+            return f"{path} has changed since it was opened (seen when reading at offset {offset[0]}); load it again"
+        reason = "the file ended early" if code == errno.ENODATA else os.strerror(code)
+        return f"{path}: reading at offset {offset[0]} failed: {reason}"
 
     def reset_stats(self) -> None:
         """Set all counters to zero."""
@@ -151,77 +207,109 @@ def _summary(counts: dict[str, int]) -> dict[str, Any]:
 
 def load(
     path: str | os.PathLike[str] | GGUFFile, params: Any, options: Options | None = None
-) -> tuple[int, SparseModel]:
-    """Load a sparse-GGUF with stock llama.cpp.
+) -> tuple[int, SparseModel] | None:
+    """Load a sparse-GGUF, or stream a stock GGUF, with stock llama.cpp.
 
     Args:
-        path: the sparse-GGUF, or the file already open (it is taken over and closed).
+        path: the file, or the file already open (it is taken over and closed).
         params: `llama_model_params`. Loading through a stream sets `load_mode` (no mmap, no mlock), `check_tensors`
             and `tensor_buft_overrides`; everything else is used as given.
         options: how to run it.
 
-    Returns the `llama_model_p` (free it with `llama_model_free`) and the engine behind it.
+    Returns the `llama_model_p` (free it with `llama_model_free`) and the engine behind it; None for a stock GGUF of
+    which nothing has to be streamed: that is stock's own to load.
     Raises FormatError for a damaged file, PowerInferError when it cannot be loaded, OSError.
     """
     options = options or Options()
+    with ModelFiles.open(path) as files:
+        placement = place(files, options.memory, options.context)
+        if files.sparse is None and not placement.streams:
+            return None
+        if params.vocab_only or params.no_alloc:
+            placement = Placement(None, [])
+        return _load(files, placement, params, options)
+
+
+def _load(files: ModelFiles, placement: Placement, params: Any, options: Options) -> tuple[int, SparseModel]:
     ffi, lib = native()
-    with SparseGGUF.open(path) as sparse:
-        name = sparse.path
-        header, extents = virtual_header(sparse)
-        layers = [] if params.vocab_only or params.no_alloc else sparse.layers
-        message = ffi.new("char[]", _ERROR_SIZE)
-        model = _open_model(ffi, lib, sparse, layers, message, name)
-        lib.pi_model_set_dense(model, options.mode == "dense")
-        virtual = ffi.gc(
-            lib.pi_vgguf_open(
-                sparse.file.fd,
-                header,
-                len(header),
-                [tuple(extent) for extent in extents],
-                len(extents),
-                message,
-                _ERROR_SIZE,
-            ),
-            lib.pi_vgguf_close,
+    message = ffi.new("char[]", _ERROR_SIZE)
+
+    def check(ok: bool) -> None:
+        if not ok:
+            raise PowerInferError(f"{files.path}: {ffi.string(message).decode()}")
+
+    model = _open_model(ffi, lib, files, placement, options, message)
+    check(model != ffi.NULL)
+    model = ffi.gc(model, lib.pi_model_close)
+    lib.pi_model_set_dense(model, options.mode == "dense")
+    header, extents = virtual_header(files, [matrix.source.name for matrix in placement.matrices])
+    virtual = lib.pi_vgguf_open(
+        files.fds,
+        len(files.fds),
+        placement.budget is not None,
+        header,
+        len(header),
+        [tuple(extent) for extent in extents],
+        len(extents),
+        message,
+        _ERROR_SIZE,
+    )
+    check(virtual != ffi.NULL)
+    virtual = ffi.gc(virtual, lib.pi_vgguf_close)
+    # Bundles are read beside stock's own loading, which uses one thread.
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        threads = max(1, len(os.sched_getaffinity(0)) - 1)
+        reading = beside.submit(lib.pi_model_read, model, files.fds[0], threads, message, _ERROR_SIZE)
+        pointer = _load_stream(ffi, lib, virtual, model, placement, params)
+    try:
+        files.check_unchanged()
+        check(reading.result() == 0)
+    except BaseException:
+        if pointer is not None:
+            bindings.llama_model_free(pointer)
+        raise
+    if pointer is None:
+        file, offset = ffi.new("int *"), ffi.new("int64_t *")
+        code = lib.pi_vgguf_error(virtual, file, offset)
+        if code != 0:
+            name = files.files[file[0]].path
+            raise PowerInferError(f"{name}: reading at offset {offset[0]} failed: {os.strerror(code)}")
+        raise PowerInferError(
+            f"{files.path}: llama.cpp refuses the model that this file holds; load its source with llama_cpp.Llama("
+            "verbose=True) to see why"
         )
-        if virtual == ffi.NULL:
-            raise PowerInferError(f"{name}: {ffi.string(message).decode()}")
-        # Bundles are read beside stock's own loading, which uses one thread.
-        with ThreadPoolExecutor(max_workers=1) as beside:
-            threads = max(1, len(os.sched_getaffinity(0)) - 1)
-            reading = beside.submit(lib.pi_model_read, model, sparse.file.fd, threads, message, _ERROR_SIZE)
-            pointer = _load_stream(ffi, lib, virtual, model, layers, params)
-        try:
-            sparse.check_unchanged()
-            if reading.result() != 0:
-                raise PowerInferError(f"{name}: {ffi.string(message).decode()}")
-        except BaseException:
-            if pointer is not None:
-                bindings.llama_model_free(pointer)
-            raise
-        if pointer is None:
-            offset = ffi.new("int64_t *")
-            code = lib.pi_vgguf_error(virtual, offset)
-            if code != 0:
-                raise PowerInferError(f"{name}: reading at offset {offset[0]} failed: {os.strerror(code)}")
-            raise PowerInferError(
-                f"{name}: llama.cpp refuses the model that this file holds; load its source with llama_cpp.Llama("
-                "verbose=True) to see why"
-            )
-        return pointer, SparseModel(name, layers, model)
+    return pointer, SparseModel(files.path, [str(file.path) for file in files.files], placement, model)
 
 
-def _open_model(ffi: Any, lib: Any, sparse: SparseGGUF, layers: list[SparseLayer], message: Any, name: str) -> Any:
-    """struct pi_model *, its bundles not read yet; garbage collected."""
-    specs = ffi.new("struct pi_layer_spec[]", max(len(layers), 1))
+def _open_model(
+    ffi: Any, lib: Any, files: ModelFiles, placement: Placement, options: Options, message: Any
+) -> Any:
+    """struct pi_model *, nothing read yet; NULL with a sentence in `message`."""
     kept: list[Any] = []  # what the specs point to, until pi_model_open has copied it
-    for spec, layer in zip(specs, layers, strict=False):
-        _fill_spec(ffi, spec, layer, kept)
-    activation = _ACTIVATIONS[sparse.activation]
-    model = lib.pi_model_open(sparse.file.fd, len(layers), specs, activation, ffi.NULL, message, _ERROR_SIZE)
-    if model == ffi.NULL:
-        raise PowerInferError(f"{name}: {ffi.string(message).decode()}")
-    return ffi.gc(model, lib.pi_model_close)
+    specs = ffi.new("struct pi_layer_spec[]", len(placement.bundles) + 1)
+    for spec, bundles in zip(specs, placement.bundles, strict=False):
+        _fill_spec(ffi, spec, bundles.layer, kept)
+        spec.n_slots, spec.n_hot = bundles.slots, bundles.hot
+    slabs = ffi.new("struct pi_slab_spec[]", len(placement.matrices) + 1)
+    for spec, matrix in zip(slabs, placement.matrices, strict=False):
+        kept.append(ffi.new("char[]", matrix.source.name.encode()))
+        spec.name, spec.group, spec.type = kept[-1], matrix.group, matrix.source.type
+        spec.n_in, spec.n_out = matrix.source.shape[:2]
+        spec.n_expert, spec.tile, spec.n_slots = matrix.n_expert, matrix.tile, matrix.slots
+        spec.file, spec.offset = matrix.source.file, matrix.source.offset
+    flash = ffi.new("struct pi_flash_spec *", {"engine": IO_ENGINES[options.io], "depth": DEPTH, "gap": GAP, "run": RUN})
+    return lib.pi_model_open(
+        files.fds,
+        len(files.fds),
+        len(placement.bundles),
+        specs,
+        len(placement.matrices),
+        slabs,
+        _ACTIVATIONS[files.sparse.activation] if files.sparse is not None else 0,
+        flash if placement.streams else ffi.NULL,
+        message,
+        _ERROR_SIZE,
+    )
 
 
 def _fill_spec(ffi: Any, spec: Any, layer: SparseLayer, kept: list[Any]) -> None:
@@ -263,14 +351,17 @@ def _bundled_names(layer: SparseLayer) -> tuple[str | None, str | None, str]:
     return gate, layer.up_name if layer.up_type is not None else None, layer.down_name
 
 
-def _load_stream(ffi: Any, lib: Any, virtual: Any, model: Any, layers: list[SparseLayer], params: Any) -> int | None:
+def _load_stream(
+    ffi: Any, lib: Any, virtual: Any, model: Any, placement: Placement, params: Any
+) -> int | None:
     """Have stock llama.cpp load the virtual file; None when it refuses. `params` is left as it was given."""
     ours = type(params).from_buffer_copy(params)
     ours.load_mode = bindings.LLAMA_LOAD_MODE_NONE  # a stream cannot be mapped
     ours.check_tensors = False  # would look at the bytes of holes
+    names = [name for bundles in placement.bundles for name in _bundled_names(bundles.layer) if name is not None]
+    names += [matrix.source.name for matrix in placement.matrices]
     overrides = (_BufferTypeOverride * 2)()
-    if layers:
-        names = [name for layer in layers for name in _bundled_names(layer) if name is not None]
+    if names:
         overrides[0].pattern = rf"^({'|'.join(map(re.escape, names))})$".encode()
         overrides[0].buffer_type = int(ffi.cast("uintptr_t", lib.pi_model_buft(model)))
         ours.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)

@@ -66,7 +66,7 @@ def open_layer(
     spec[0].file_offset = 128
     message = ffi.new("char[]", 256)
     with open(path, "rb") as file:
-        model = lib.pi_model_open(file.fileno(), 1, spec, activation, ffi.NULL, message, 256)
+        model = lib.pi_model_open([file.fileno()], 1, 1, spec, 0, ffi.NULL, activation, ffi.NULL, message, 256)
         assert model != ffi.NULL, ffi.string(message)
         assert lib.pi_model_read(model, file.fileno(), 2, message, 256) == 0, ffi.string(message)
     up, down = (exact[0], exact[1]) if gated else (None, exact[0])
@@ -94,11 +94,11 @@ def open_scaled_layer(
     spec[0].order = ffi.cast("int32_t *", order.ctypes.data)
     message = ffi.new("char[]", 256)
     with open(path, "rb") as file:
-        model = lib.pi_model_open(file.fileno(), 1, spec, NATIVE, ffi.NULL, message, 256)
+        model = lib.pi_model_open([file.fileno()], 1, 1, spec, 0, ffi.NULL, NATIVE, ffi.NULL, message, 256)
         assert model != ffi.NULL, ffi.string(message)
         assert lib.pi_model_read(model, file.fileno(), 1, message, 256) == 0, ffi.string(message)
         spec[0].scale_offset += 2
-        assert lib.pi_model_open(file.fileno(), 1, spec, NATIVE, ffi.NULL, message, 256) == ffi.NULL
+        assert lib.pi_model_open([file.fileno()], 1, 1, spec, 0, ffi.NULL, NATIVE, ffi.NULL, message, 256) == ffi.NULL
         assert b"table of scales" in ffi.string(message)
     table = np.take_along_axis(scales.astype(np.float64), (order // 32)[:, :, None], axis=1)
     return columns * table, ffi.gc(model, lib.pi_model_close)
@@ -312,7 +312,7 @@ def test_specs_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, int
     message = ffi.new("char[]", 256)
     live = lib.pi_model_count()
     with open(path, "rb") as file:
-        model = lib.pi_model_open(file.fileno(), 1, spec, RELU, ffi.NULL, message, 256)
+        model = lib.pi_model_open([file.fileno()], 1, 1, spec, 0, ffi.NULL, RELU, ffi.NULL, message, 256)
     assert model == ffi.NULL
     assert words in ffi.string(message).decode()
     assert lib.pi_model_count() == live
@@ -330,7 +330,7 @@ def test_a_file_that_shrinks_before_it_is_read_is_an_error(tmp_path: Path, kept:
     spec[0].down_type, spec[0].file_offset, spec[0].scale_offset = 24, 128, 128 + N_FF * N_EMBD
     message = ffi.new("char[]", 256)
     with open(path, "rb") as file:
-        model = lib.pi_model_open(file.fileno(), 1, spec, NATIVE, ffi.NULL, message, 256)
+        model = lib.pi_model_open([file.fileno()], 1, 1, spec, 0, ffi.NULL, NATIVE, ffi.NULL, message, 256)
         assert model != ffi.NULL, ffi.string(message)
         model = ffi.gc(model, lib.pi_model_close)
         assert lib.pi_model_read(model, file.fileno(), 2, message, 256) == 0
@@ -346,7 +346,7 @@ def test_a_file_that_cannot_be_read_is_an_error() -> None:
     os.close(reader)
     spec = ffi.new("struct pi_layer_spec[1]")
     message = ffi.new("char[]", 256)
-    assert lib.pi_model_open(reader, 1, spec, RELU, ffi.NULL, message, 256) == ffi.NULL
+    assert lib.pi_model_open([reader], 1, 1, spec, 0, ffi.NULL, RELU, ffi.NULL, message, 256) == ffi.NULL
     assert "stat" in ffi.string(message).decode()
 
 
@@ -364,7 +364,7 @@ class VirtualFile:
         message = ffi.new("char[]", 256)
         with open(path, "rb") as file:
             handle = lib.pi_vgguf_open(
-                file.fileno(), header, len(header), extents, len(extents), message, 256
+                [file.fileno()], 1, False, header, len(header), [(*e, 0) for e in extents], len(extents), message, 256
             )
         if handle == ffi.NULL:
             raise ValueError(ffi.string(message).decode())
@@ -423,6 +423,7 @@ def test_a_virtual_file_whose_file_was_truncated_reports_where(tmp_path: Path) -
     virtual = VirtualFile(path, bytes(64), [(64, 100_000, 0)])
     os.truncate(path, 50_000)
     assert len(virtual.read(64, 100_000)) < 100_000
-    offset = ffi.new("int64_t *")
-    assert lib.pi_vgguf_error(virtual.handle, offset) != 0
+    which, offset = ffi.new("int *"), ffi.new("int64_t *")
+    assert lib.pi_vgguf_error(virtual.handle, which, offset) != 0
+    assert which[0] == 0
     assert offset[0] >= 50_000

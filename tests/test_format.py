@@ -15,7 +15,7 @@ from handmade import QT, Raw, string, tiny_model
 
 from gguf_tools import ConversionError, FormatError, GGUFFile, SparseGGUF, convert, is_sparse, sparse
 from gguf_tools.reader import BOOL, I32, STRING, U32, U64, Field
-from gguf_tools.virtual import virtual_header
+from gguf_tools.virtual import ModelFiles, virtual_header
 from gguf_tools.writer import GGUFWriter, NewTensor
 
 
@@ -558,7 +558,7 @@ def test_unknown_extensions_are_ignored(gated):
     with SparseGGUF.open(path) as view:
         assert [layer.hot_count for layer in view.layers] == [3, 96]
         assert view.layers[0].frequency is None and view.layers[1].frequency[0, 0] == 1.0
-        header, _ = virtual_header(view)
+        header, _ = virtual_header(ModelFiles(view.file, view))
     assert b"ffn_pred_a" not in header and b"ffn_freq" not in header and b"powerinfer." not in header
 
 
@@ -584,7 +584,7 @@ def test_layout_is_aligned():
 
 def materialise(path: Path, view: SparseGGUF) -> Path:
     """The virtual file as a real one; what nobody reads (holes) is filled with 0xAA."""
-    header, extents = virtual_header(view)
+    header, extents = virtual_header(ModelFiles(view.file, view))
     with path.open("wb") as out:
         out.write(header)
         at = len(header)

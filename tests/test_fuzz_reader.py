@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gguf_tools import ConversionError, FormatError, GGUFFile, SparseGGUF, convert, export, is_sparse
 from gguf_tools.inspect import inspect
-from gguf_tools.virtual import virtual_header
+from gguf_tools.virtual import ModelFiles, virtual_header
 
 FUZZ = settings(
     max_examples=150,
@@ -96,7 +96,7 @@ def exercise(path: Path) -> None:
             sentence(error, path)
     try:
         with SparseGGUF.open(path) as view:
-            header, extents = virtual_header(view)
+            header, extents = virtual_header(ModelFiles(view.file, view))
             assert extents[0].virtual_offset == len(header)
             for extent in extents:
                 assert extent.file_offset == -1 or extent.file_offset + extent.size <= view.file.size

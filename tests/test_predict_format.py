@@ -12,7 +12,7 @@ from gguf_tools.convert import Calibrated, Calibration
 from gguf_tools.inspect import inspect
 from gguf_tools.predictor import Predictor
 from gguf_tools.reader import STRING, GGUFFile
-from gguf_tools.virtual import virtual_header
+from gguf_tools.virtual import ModelFiles, virtual_header
 
 Q8_0, F16 = quants.Q8_0, quants.F16
 
@@ -114,7 +114,7 @@ def test_the_way_back(tmp_path, model):
 def test_stock_is_shown_the_source(tmp_path, model):
     predicted(tmp_path / "s.gguf", model)
     with SparseGGUF.open(tmp_path / "s.gguf") as view, GGUFFile.open(model.path) as source:
-        header, extents = virtual_header(view)
+        header, extents = virtual_header(ModelFiles(view.file, view))
         end = extents[-1].virtual_offset + extents[-1].size
         (tmp_path / "v.gguf").write_bytes(header.ljust(end, b"\0"))
         with GGUFFile.open(tmp_path / "v.gguf") as shown:

@@ -78,7 +78,8 @@ class File:
                                                    "run": 16384, "policy": policy})
         message = ffi.new("char[]", 256)
         with open(self.path, "rb") as file:
-            model = lib.pi_model_open(file.fileno(), 1, self.spec, activation, flash if slots else ffi.NULL, message, 256)
+            model = lib.pi_model_open([file.fileno()], 1, 1, self.spec, 0, ffi.NULL, activation, flash if slots else ffi.NULL,
+                                      message, 256)
             assert model != ffi.NULL, ffi.string(message)
             model = ffi.gc(model, lib.pi_model_close)
             assert lib.pi_model_read(model, file.fileno(), 1, message, 256) == 0, ffi.string(message)

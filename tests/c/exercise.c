@@ -59,7 +59,7 @@ static void ffn_round(int type, bool gated, bool mixture, int activation) {
         .down_offset = gated ? 1024 : 0, .up_type = type, .down_type = type, .down_source_type = 0};
     char err[256] = "";
     const int fd = memory_file(bundles, (size_t)experts * N_FF * 2048);
-    struct pi_model *model = pi_model_open(fd, 1, &spec, activation, NULL, err, sizeof err);
+    struct pi_model *model = pi_model_open(&fd, 1, 1, &spec, 0, NULL, activation, NULL, err, sizeof err);
     if (model == NULL || pi_model_read(model, fd, 2, err, sizeof err) != 0) die("open", err);
     close(fd);
     float *x = malloc(MAX_ROWS * N_EMBD * sizeof(float)), *g = malloc(MAX_ROWS * N_FF * sizeof(float));
@@ -99,7 +99,7 @@ static void fuzz_specs(int rounds) {
         if (next_random() % 4 == 0) spec.down_type = (int)(next_random() % 60) - 5;
         if (next_random() % 4 == 0) spec.up_type = (int)(next_random() % 60) - 5;
         char err[128];
-        struct pi_model *model = pi_model_open(fd, 1, &spec, 1, NULL, err, sizeof err);
+        struct pi_model *model = pi_model_open(&fd, 1, 1, &spec, 0, NULL, 1, NULL, err, sizeof err);
         if (model != NULL) (void)pi_model_read(model, fd, 1, err, sizeof err);
         pi_model_close(model);
     }
@@ -124,7 +124,7 @@ static void fuzz_streams(int rounds) {
             if (__builtin_add_overflow(at, extents[k].size, &at)) break;
         }
         char err[128];
-        struct pi_vgguf *v = pi_vgguf_open(fd, header, sizeof header, extents, n, err, sizeof err);
+        struct pi_vgguf *v = pi_vgguf_open(&fd, 1, i % 2 == 0, header, sizeof header, extents, n, err, sizeof err);
         if (v == NULL) continue;
         FILE *file = pi_vgguf_file(v);
         for (int k = 0; k < 20; k++) {

@@ -1,0 +1,232 @@
+/* slab.c - see slab.h. */
+#define _GNU_SOURCE
+#include "slab.h"
+
+#include "kernels.h"
+
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { CHUNK_ROWS = 32 /* weight rows that a thread takes at a time */ };
+
+int slab_init(struct pi_slab *slab, struct pi_model *model, const struct pi_slab_spec *spec, char *err, size_t err_len) {
+    const char *field = NULL;
+    const size_t row = abi_row_size(spec->type, spec->n_in);
+    const bool experts = spec->n_expert > 0;
+    if (spec->name == NULL || strlen(spec->name) >= ABI_MAX_NAME) field = "name";
+    else if (row == 0 || kernel_input_type(spec->type) < 0) field = "type";
+    else if (spec->n_out <= 0 || spec->n_out > INT32_MAX || spec->n_expert < 0 || spec->n_expert > 65536) field = "shape";
+    else if (!experts && (spec->tile <= 0 || spec->n_out % spec->tile != 0)) field = "number of rows in a tile";
+    else if (spec->offset < 0 || spec->n_slots < 0 || spec->n_slots > INT32_MAX) field = "number of slots";
+    if (field != NULL) {
+        snprintf(err, err_len, "%s: the streamed matrix's %s does not fit", spec->name == NULL ? "?" : spec->name, field);
+        return -1;
+    }
+    slab->model = model;
+    slab->spec = *spec;
+    strcpy(slab->name, spec->name);
+    slab->spec.name = slab->name;
+    slab->row_size = row;
+    slab->unit_rows = experts ? spec->n_out : spec->tile;
+    slab->weight = (struct pi_weight){PI_ROLE_SLAB, NULL, slab};
+    const int64_t units = experts ? spec->n_expert : spec->n_out / spec->tile;
+    /* A dense matrix is wanted from end to end every time: then nothing beats keeping a part and streaming the rest. */
+    const bool pin = !experts && spec->n_slots < units;
+    const int64_t spare = spec->n_slots > 8 ? 4 : 1;
+    const struct store_spec store = {.file = spec->file,
+                                     .offset = (uint64_t)spec->offset,
+                                     .unit_size = (uint64_t)slab->unit_rows * row,
+                                     .n_units = (uint32_t)units,
+                                     .n_slots = (uint32_t)spec->n_slots,
+                                     .n_pinned = pin && spec->n_slots > spare ? (uint32_t)(spec->n_slots - spare) : 0,
+                                     .policy = model->policy};
+    char why[128];
+    slab->store = store_open(model->flash, &store, why, sizeof why);
+    if (slab->store == NULL) snprintf(err, err_len, "%s: %s", spec->name, why);
+    return slab->store == NULL ? -1 : 0;
+}
+
+/* A unit that is wanted, and the rows of the product that want it. */
+struct task {
+    int32_t unit;
+    int begin, end;      /* of the rows */
+    _Atomic int32_t next, done; /* chunks of weight rows that were taken, that are computed */
+};
+
+/* What the threads of a product share. */
+struct product {
+    struct pi_slab *slab;
+    const struct slab_row *rows;
+    struct task *tasks;
+    int n_tasks;
+    int32_t n_chunks;    /* of a unit */
+    atomic_int fed, finished, failed; /* tasks whose units were wanted from the store; that are computed */
+    atomic_flag feeding;
+};
+
+/* Wants the units of as many tasks as there is room for. Any thread, one at a time. */
+static void feed(struct product *p) {
+    struct store *store = p->slab->store;
+    if (atomic_load(&p->fed) == p->n_tasks || atomic_flag_test_and_set(&p->feeding)) return;
+    int fed = atomic_load(&p->fed);
+    const int before = fed;
+    while (fed < p->n_tasks && store_want(store, &p->tasks[fed].unit, 1, false) == 1) fed++;
+    store_flush(store);
+    if (fed == before && atomic_load(&p->finished) == fed) {
+        /* Nobody uses a slot and still there is none: an evaluation that failed left some that seem to be needed. */
+        (void)flash_progress(store->flash, false);
+        store_begin(store);
+    }
+    atomic_store(&p->fed, fed);
+    atomic_flag_clear(&p->feeding);
+}
+
+/* Chunk c of a task: some weight rows, all rows of the product that want the unit. */
+static void compute_chunk(const struct product *p, const struct task *task, int32_t c) {
+    const struct pi_slab *slab = p->slab;
+    const bool experts = slab->spec.n_expert > 0;
+    const int64_t begin = (int64_t)c * CHUNK_ROWS, left = slab->unit_rows - begin;
+    const int n = (int)(left < CHUNK_ROWS ? left : CHUNK_ROWS);
+    const int64_t first = begin + (experts ? 0 : task->unit * slab->unit_rows); /* output that the first row makes */
+    const uint8_t *base = store_unit(slab->store, (uint32_t)task->unit) + (size_t)begin * slab->row_size;
+    if (task->end - task->begin == 1) {
+        const uint8_t *weights[CHUNK_ROWS];
+        for (int k = 0; k < n; k++) weights[k] = base + (size_t)k * slab->row_size;
+        const struct slab_row *row = &p->rows[task->begin];
+        kernel_dots(slab->spec.type, slab->spec.n_in, weights, n, row->xq, row->out + first);
+        return;
+    }
+    for (int r = task->begin; r < task->end; r += FFN_BLOCK_ROWS) {
+        const int n_x = task->end - r < FFN_BLOCK_ROWS ? task->end - r : FFN_BLOCK_ROWS;
+        const void *xqs[FFN_BLOCK_ROWS];
+        float out[FFN_BLOCK_ROWS];
+        for (int i = 0; i < n_x; i++) xqs[i] = p->rows[r + i].xq;
+        for (int k = 0; k < n; k++) {
+            kernel_dots_inputs(slab->spec.type, slab->spec.n_in, base + (size_t)k * slab->row_size, xqs, n_x, out);
+            for (int i = 0; i < n_x; i++) p->rows[r + i].out[first + k] = out[i];
+        }
+    }
+}
+
+/* Computes what is there of a task. Returns whether there was anything. */
+static bool work_on(struct product *p, struct task *task) {
+    bool some = false;
+    for (int32_t c; (c = atomic_fetch_add(&task->next, 1)) < p->n_chunks; some = true) {
+        compute_chunk(p, task, c);
+        if (atomic_fetch_add(&task->done, 1) + 1 < p->n_chunks) continue;
+        store_release(p->slab->store, (uint32_t)task->unit);
+        atomic_fetch_add(&p->finished, 1);
+        feed(p);
+    }
+    return some;
+}
+
+/* One thread: whatever has arrived, until everything is computed or a read has failed. */
+static void run_thread(struct product *p) {
+    struct store *store = p->slab->store;
+    while (atomic_load(&p->finished) < p->n_tasks && !atomic_load_explicit(&p->failed, memory_order_relaxed)) {
+        bool some = false;
+        const int fed = atomic_load(&p->fed);
+        for (int i = 0; i < fed; i++) {
+            struct task *task = &p->tasks[i];
+            if (atomic_load_explicit(&task->next, memory_order_relaxed) >= p->n_chunks) continue;
+            if (store_ready(store, (uint32_t)task->unit)) {
+                some |= work_on(p, task);
+            } else if (atomic_load(&store->slot_of[task->unit]) < 0 && atomic_load(&task->done) == 0) {
+                atomic_store(&p->failed, 1);
+            }
+            (void)flash_progress(store->flash, false);
+        }
+        if (some) continue;
+        feed(p);
+        if (atomic_load(&p->finished) < p->n_tasks) store_sleep(store);
+    }
+}
+
+static int by_expert(const void *a, const void *b) {
+    const struct slab_row *x = a, *y = b;
+    if (x->expert != y->expert) return x->expert < y->expert ? -1 : 1;
+    return x->out < y->out ? -1 : x->out > y->out;
+}
+
+static int ready_first(const struct pi_slab *slab, struct task *tasks, int n) {
+    int ready = 0;
+    for (int i = 0; i < n; i++) {
+        if (!store_ready(slab->store, (uint32_t)tasks[i].unit)) continue;
+        const struct task swap = tasks[ready];
+        tasks[ready].unit = tasks[i].unit, tasks[ready].begin = tasks[i].begin, tasks[ready].end = tasks[i].end;
+        tasks[i].unit = swap.unit, tasks[i].begin = swap.begin, tasks[i].end = swap.end;
+        ready++;
+    }
+    return ready;
+}
+
+/* The tasks of a product, whose rows are sorted. Returns their number. */
+static int list_tasks(const struct pi_slab *slab, const struct slab_row *rows, int n_rows, struct task *tasks) {
+    int n = 0;
+    if (slab->spec.n_expert == 0) {
+        for (uint32_t u = 0; u < slab->store->spec.n_units; u++) {
+            tasks[n++] = (struct task){.unit = (int32_t)u, .begin = 0, .end = n_rows};
+        }
+    }
+    for (int r = 0; r < n_rows && slab->spec.n_expert > 0; r++) {
+        if (n > 0 && tasks[n - 1].unit == rows[r].expert) tasks[n - 1].end = r + 1;
+        else tasks[n++] = (struct task){.unit = rows[r].expert, .begin = r, .end = r + 1};
+    }
+    (void)ready_first(slab, tasks, n);
+    return n;
+}
+
+/* Has the experts read that the group's other nodes will want next, as far as they leave room for the others. */
+static void read_ahead(struct pi_slab *slab, const struct product *p) {
+    struct pi_model *model = slab->model;
+    for (int i = 0; i < model->n_slabs; i++) {
+        struct pi_slab *other = &model->slabs[i];
+        if (other == slab || other->group != slab->group || other->passes >= slab->passes) continue;
+        const int room = (int)(other->store->spec.n_slots / 2);
+        for (int t = 0; t < p->n_tasks && t < room; t++) {
+            if (store_want(other->store, &p->tasks[t].unit, 1, true) == 0) break;
+        }
+        store_flush(other->store);
+    }
+}
+
+enum ffn_result slab_product(struct pi_slab *slab, struct slab_row *rows, int n_rows, int n_threads,
+                             struct ffn_scratch *scratch) {
+    const bool experts = slab->spec.n_expert > 0;
+    const size_t most = experts ? (size_t)n_rows : slab->store->spec.n_units;
+    if (n_rows <= 0) return FFN_OK;
+    struct product p = {.slab = slab, .rows = rows, .feeding = ATOMIC_FLAG_INIT};
+    p.tasks = ffn_scratch_reserve(scratch, most * sizeof *p.tasks);
+    if (p.tasks == NULL) return FFN_NO_MEMORY;
+    if (experts) qsort(rows, (size_t)n_rows, sizeof *rows, by_expert);
+    pthread_mutex_lock(&slab->model->evaluating);
+    p.n_tasks = list_tasks(slab, rows, n_rows, p.tasks);
+    p.n_chunks = (int32_t)((slab->unit_rows + CHUNK_ROWS - 1) / CHUNK_ROWS);
+    slab->passes++;
+    store_begin(slab->store);
+    feed(&p);
+    if (experts) read_ahead(slab, &p);
+#pragma omp parallel num_threads(n_threads)
+    run_thread(&p);
+    pthread_mutex_unlock(&slab->model->evaluating);
+    return atomic_load(&p.failed) || flash_stale(slab->store->flash) ? FFN_READ_FAILED : FFN_OK;
+}
+
+enum ffn_result slab_copy(struct pi_slab *slab, uint8_t *dst) {
+    struct store *store = slab->store;
+    enum ffn_result result = FFN_OK;
+    pthread_mutex_lock(&slab->model->evaluating);
+    for (int32_t u = 0; u < (int32_t)store->spec.n_units && result == FFN_OK; u++) {
+        store_begin(store);
+        while (store_want(store, &u, 1, false) == 0) {
+            if (!flash_progress(store->flash, true)) store_begin(store);
+        }
+        store_flush(store);
+        if (store_wait(store, (uint32_t)u) != 0) result = FFN_READ_FAILED;
+        else memcpy(dst + (size_t)u * store->spec.unit_size, store_unit(store, (uint32_t)u), store->spec.unit_size);
+    }
+    pthread_mutex_unlock(&slab->model->evaluating);
+    return result;
+}

@@ -1,0 +1,291 @@
+"""What of a model is kept in memory and what is streamed from flash, for a budget of bytes.
+
+The budget is for the whole process, as a memory cgroup counts it: what Python and its libraries already take,
+the weights that are kept, the KV cache, llama.cpp's compute buffers, our own buffers, and with what is left
+slots for streamed units (cpatch/store.h): neurons of bundles, experts of mixtures, tiles of dense matrices.
+
+    what                              streamed as                   unless
+    bundles of a sparse-GGUF          neurons                       all of them fit
+    experts of a stock GGUF           experts, at their offsets     all of them fit
+    deciding matrices (exact mode)    experts or tiles of rows      they fit beside slots for a tenth of the bundles
+    FFNs of a dense stock GGUF        tiles of rows                 all of them fit
+    everything else                   never
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from gguf_tools.reader import row_bytes
+from gguf_tools.sparse import SparseLayer
+from gguf_tools.virtual import ModelFiles, Source
+from powerinfer_ext import machine
+from powerinfer_ext.errors import PowerInferError
+
+EXPERTS = re.compile(r"blk\.([0-9]+)\..*_exps\.weight")
+DENSE_FFN = re.compile(r"blk\.([0-9]+)\.ffn_(gate|up|down)\.weight")
+TILE_BYTES = 1 << 19  # about what a unit of a dense matrix has: reads of this size run at the disk's bandwidth
+DEPTH = 128  # reads in flight
+GAP = 16 << 10  # bytes that are cheaper to read through than to start another read for
+RUN = 64 << 10  # longest read of several neurons
+STREAM_ROWS = 256  # rows computed together when bundles are streamed (cpatch/ffn.c)
+_LEAST_NEURONS = 64  # slots of a layer
+
+
+@dataclass(frozen=True)
+class Context:
+    """The llama_context the model will get, as far as its memory goes. n_ctx 0: what the model was trained with."""
+
+    n_ctx: int = 512
+    n_batch: int = 512
+    n_ubatch: int = 512
+    kv_bytes: float = 2.0  # of one value, mean of K and V
+    logits_all: bool = False
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A tensor that is streamed in stock's layout. tile: rows of a unit, 0 where units are experts."""
+
+    source: Source
+    group: int
+    tile: int
+    slots: int
+
+    @property
+    def n_expert(self) -> int:
+        """0 for a dense matrix."""
+        return self.source.shape[2] if self.tile == 0 else 0
+
+    @property
+    def units(self) -> int:
+        """How many there are."""
+        return self.n_expert or self.source.shape[1] // self.tile
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of one, as it is read."""
+        return self.source.nbytes // self.units
+
+
+@dataclass(frozen=True)
+class Bundles:
+    """The neurons of a sparse layer: how many have a slot (0: all are kept), of them the first `hot` for good."""
+
+    layer: SparseLayer
+    slots: int = 0
+    hot: int = 0
+
+    @property
+    def units(self) -> int:
+        """Neurons of the layer, of all its experts."""
+        return self.layer.n_ff * (self.layer.n_expert or 1)
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of one."""
+        return self.layer.stride
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where everything goes. budget None: everything is kept in memory, as long as it may take.
+
+    parts: bytes of what is not slots. slots_bytes: bytes of all slots. least: the smallest budget that works.
+    """
+
+    budget: int | None
+    bundles: list[Bundles]
+    matrices: list[Matrix] = field(default_factory=list)
+    parts: Mapping[str, int] = field(default_factory=dict)
+    slots_bytes: int = 0
+    least: int = 0
+
+    @property
+    def streams(self) -> bool:
+        """Is anything read while the model runs?"""
+        return bool(self.matrices) or any(layer.slots for layer in self.bundles)
+
+    @property
+    def total(self) -> int:
+        """What the process is expected to take at most."""
+        return sum(self.parts.values()) + self.slots_bytes
+
+
+def parse_memory(memory: int | str | None, model_bytes: int) -> int | None:
+    """Bytes of a budget given as bytes, "4GiB", "800MB", or "50%" of the model's file. None: none was given.
+
+    Raises PowerInferError when it is none of these.
+    """
+    if memory is None or (isinstance(memory, int) and memory > 0):
+        return memory
+    from powerinfer_ext.memory_limit import parse_limit
+
+    try:
+        return parse_limit(str(memory), model_bytes)
+    except ValueError as error:
+        raise PowerInferError(f"memory={memory!r}: {error}") from None
+
+
+def place(model: ModelFiles, memory: int | str | None, context: Context) -> Placement:
+    """Decide for a budget; without one, keep everything if it fits into the memory that is available.
+
+    Raises PowerInferError when the budget is too small, naming the least one that works.
+    """
+    layers = model.sparse.layers if model.sparse is not None else []
+    everything = Placement(None, [Bundles(layer) for layer in layers])
+    budget = parse_memory(memory, model.nbytes)
+    parts = _fixed_parts(model, context)
+    stock = _stock_matrices(model.tensors()) if model.sparse is None else []
+    bundled = sum(x.units * x.unit_bytes for x in everything.bundles)
+    resident = sum(parts.values()) + bundled + sum(matrix.source.nbytes for matrix in stock)
+    if budget is None:
+        available = machine.available_memory()
+        if available == 0 or resident - parts["process"] <= available * 0.97:
+            return replace(everything, parts=parts, slots_bytes=bundled)
+        budget = int(available * 0.95) + parts["process"]
+    elif resident <= budget:
+        return replace(everything, budget=budget, parts=parts, slots_bytes=bundled)
+    return _stream(model, everything, stock, parts, budget)
+
+
+def _stream(
+    model: ModelFiles, everything: Placement, stock: list[Matrix], parts: dict[str, int], budget: int
+) -> Placement:
+    sources = {tensor.name: tensor for tensor in model.tensors()}
+    deciders = _decider_matrices(everything.bundles, sources)
+    staging = DEPTH * (RUN + 8192) + (2 << 20)
+    rows = [4 * (2 * b.layer.n_embd + 4 * b.layer.n_ff) * STREAM_ROWS for b in everything.bundles]
+    parts = {**parts, "streaming": staging + max(rows, default=0)}
+    if not stock and not everything.bundles:
+        raise PowerInferError(
+            f"{model.path}: a budget of {_shown(budget)} is too small, and this model has no FFN that could be streamed; "
+            f"it takes {_shown(sum(parts.values()))}"
+        )
+    bundled = sum(b.units * b.unit_bytes for b in everything.bundles)
+    choices = [(stock, parts, bundled // 10)]  # matrices, what else is kept, slots that there should be at least
+    if deciders:
+        kept = parts["weights"] - sum(matrix.source.nbytes for matrix in deciders)
+        choices.append((deciders, {**parts, "weights": kept}, 0))
+    for matrices, fixed, wanted in choices:
+        room = budget - sum(fixed.values())
+        slots = _least_slots(everything.bundles, matrices)
+        least = sum(fixed.values()) + slots
+        if room < slots or (room < wanted and deciders):
+            continue
+        bundles, matrices, used = _fill(everything.bundles, matrices, room)
+        return Placement(budget, bundles, matrices, fixed, used, least)
+    taken = ", ".join(f"{name} {_shown(size)}" for name, size in choices[-1][1].items())
+    raise PowerInferError(
+        f"{model.path}: a budget of {_shown(budget)} is too small; the least that works is {_shown(least)} ({taken}). A "
+        "shorter context (n_ctx) or a smaller n_batch takes less"
+    )
+
+
+def _stock_matrices(sources: Iterable[Source]) -> list[Matrix]:
+    """What of a stock GGUF can be streamed: its experts, or, where it has none, its FFNs in tiles."""
+    sources = list(sources)
+    for pattern, experts in ((EXPERTS, True), (DENSE_FFN, False)):
+        found = [(t, pattern.fullmatch(t.name)) for t in sources]
+        matrices = [
+            Matrix(t, int(match[1]), 0 if experts else _tile(t), 1)
+            for t, match in found
+            if match and len(t.shape) == (3 if experts else 2)
+        ]
+        if matrices:
+            return matrices
+    return []
+
+
+def _decider_matrices(bundles: list[Bundles], sources: Mapping[str, Source]) -> list[Matrix]:
+    """The deciding matrices of exact layers, which stock computes unless they are streamed."""
+    matrices = []
+    for bundle in bundles:
+        layer = bundle.layer
+        if layer.decider is None:
+            continue
+        source = sources[layer.decider_name]
+        matrices.append(Matrix(source, layer.index, 0 if layer.n_expert else _tile(source), 1))
+    return matrices
+
+
+def _tile(source: Source) -> int:
+    """Rows of a tile: a divisor of the matrix's rows, about TILE_BYTES."""
+    row, rows = row_bytes(source.type, source.shape[0]), source.shape[1]
+    wanted = max(1, TILE_BYTES // row)
+    return max(n for n in range(1, min(wanted, rows) + 1) if rows % n == 0)
+
+
+def _slot(unit_bytes: int) -> int:
+    """Bytes of a slot: units longer than a run keep the alignment that they were read with."""
+    return unit_bytes + 8192 if unit_bytes > RUN else -(-unit_bytes // 64) * 64
+
+
+def _least_slots(bundles: list[Bundles], matrices: list[Matrix]) -> int:
+    neurons = sum(min(_LEAST_NEURONS, b.units) * _slot(b.unit_bytes) for b in bundles)
+    return neurons + sum(min(2, m.units) * _slot(m.unit_bytes) for m in matrices)
+
+
+def _fill(bundles: list[Bundles], matrices: list[Matrix], room: int) -> tuple[list[Bundles], list[Matrix], int]:
+    """Give out slots. Tiles are all wanted for every token, so they come first; the rest shares evenly."""
+    room -= _least_slots(bundles, matrices)
+    slots: dict[int, int] = {}
+    things: list[Bundles | Matrix] = [*matrices, *bundles]
+    least = [min(2, t.units) if isinstance(t, Matrix) else min(_LEAST_NEURONS, t.units) for t in things]
+    for tiled in (True, False):
+        chosen = [i for i, t in enumerate(things) if (isinstance(t, Matrix) and t.tile > 0) == tiled]
+        wanted = {i: (things[i].units - least[i]) * _slot(things[i].unit_bytes) for i in chosen}
+        share = min(1.0, room / max(1, sum(wanted.values())))
+        for i in chosen:
+            more = int(wanted[i] * share) // _slot(things[i].unit_bytes)
+            slots[i] = least[i] + more
+            room -= more * _slot(things[i].unit_bytes)
+    used = sum(n * _slot(things[i].unit_bytes) for i, n in slots.items())
+    new_matrices = [replace(m, slots=slots[i]) for i, m in enumerate(matrices)]
+    new_bundles = []
+    for i, bundle in enumerate(bundles, start=len(matrices)):
+        hot = min(bundle.layer.hot_count, slots[i] * 3 // 4) if slots[i] < bundle.units else 0
+        new_bundles.append(replace(bundle, slots=slots[i], hot=hot))
+    return new_bundles, new_matrices, used
+
+
+def _fixed_parts(model: ModelFiles, context: Context) -> dict[str, int]:
+    """Bytes of everything that is not streamed, by kind; "weights" includes deciding matrices."""
+    metadata = model.first.metadata
+    arch = metadata.get("general.architecture", "")
+
+    def number(key: str, default: int = 0) -> int:
+        value = metadata.get(f"{arch}.{key}", default)
+        return int(max(value) if isinstance(value, list | tuple) else value) if value else default
+
+    n_embd, n_head = number("embedding_length"), max(number("attention.head_count"), 1)
+    head = number("attention.key_length", n_embd // n_head)
+    values = number("attention.value_length", head)
+    n_ctx = context.n_ctx or number("context_length", 512)
+    kv = int(number("block_count") * n_ctx * number("attention.head_count_kv", n_head) * (head + values) * context.kv_bytes)
+    rows = max(1, min(context.n_ubatch, context.n_batch, n_ctx))
+    n_ff = max(number("feed_forward_length"), number("expert_feed_forward_length") * number("expert_used_count"))
+    vocabulary = next((t.shape[1] for t in model.tensors() if t.name == "token_embd.weight"), 0)
+    outputs = rows if context.logits_all else 1
+    compute = 4 * rows * (6 * n_embd + 4 * n_ff + n_head * min(n_ctx, 4096)) + 8 * outputs * vocabulary
+    streamable = {m.source.name for m in _stock_matrices(model.tensors())} if model.sparse is None else set()
+    kept = sum(t.nbytes for t in model.tensors() if t.file >= 0 and t.name not in streamable)
+    extra = 0
+    for layer in model.sparse.layers if model.sparse is not None else []:
+        tensors = [layer.scale_tensor, layer.threshold_tensor, *(layer.predictor.tensors if layer.predictor else [])]
+        extra += sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    parts = {"process": resident_bytes(), "weights": kept, "KV cache": kv, "compute": compute, "predictors": extra}
+    parts["margin"] = (16 << 20) + (sum(parts.values()) >> 6)
+    return parts
+
+
+def resident_bytes() -> int:
+    """Bytes that this process has in memory now."""
+    found = re.search(r"^VmRSS:\s+(\d+) kB", machine.read_text("/proc/self/status"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def _shown(size: int) -> str:
+    return f"{size / (1 << 20):.0f} MiB"
