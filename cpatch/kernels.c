@@ -143,6 +143,7 @@ void kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const float *
 }
 
 void kernel_axpys_outputs(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_y, float *tmp) {
+    if (level()->outputs(type, n, col, a, ys, n_y)) return;
     kernel_dequantize(type, n, col, tmp);
     for (int i = 0; i < n_y; i++) axpy_f32(n, a[i], tmp, ys[i]);
 }

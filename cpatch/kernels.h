@@ -5,8 +5,9 @@
  * accumulators in registers over tiles of columns.
  *
  * Results do not depend on how a list is cut into calls, bit for bit: each dot product is a sum of its own, and every
- * element of y receives its terms in list order, one fused multiply-add each with the weight's dequantised value (the
- * portable version rounds product and sum). Streaming relies on that.
+ * element of y receives its terms in list order, one fused multiply-add each: of the factor with the weight, or, in
+ * types with one scale for 32 integers, of factor times scale with the integer (the portable version rounds product and
+ * sum). Streaming relies on that.
  *
  * Inputs of dot products are rounded once, to the type that ggml's own kernel for the weight type takes
  * (kernel_input_type), so that answers agree with stock llama.cpp. */

@@ -19,6 +19,19 @@ typedef struct { __m256i half_block[2]; } factors;
 typedef struct { __m256 scale, minimum; } nibble_table;
 #include "kernels_x86.h"
 
+PRIMITIVE short word(const uint8_t *p) {
+    short h;
+    memcpy(&h, p, 2);
+    return h;
+}
+/* 8 halves, stride bytes apart, times factor. */
+PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float factor, float *out) {
+    const __m128i h = _mm_set_epi16(word(p + 7 * stride), word(p + 6 * stride), word(p + 5 * stride),
+                                    word(p + 4 * stride), word(p + 3 * stride), word(p + 2 * stride),
+                                    word(p + stride), word(p));
+    _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtph_ps(h), _mm256_set1_ps(factor)));
+}
+
 PRIMITIVE vf zero_f(void) { return _mm256_setzero_ps(); }
 PRIMITIVE vf same_f(float a) { return _mm256_set1_ps(a); }
 PRIMITIVE vf load_f(const float *p) { return _mm256_loadu_ps(p); }
@@ -98,7 +111,11 @@ PRIMITIVE void bytes_to_floats(v16 q, vf *out) {
     out[1] = to_float(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(q, q)));
 }
 PRIMITIVE nibble_table make_table(float scale, float minimum) { return (nibble_table){same_f(scale), same_f(minimum)}; }
-PRIMITIVE nibble_table table_around_8(float scale) { return make_table(scale, -8.0f * scale); }
+PRIMITIVE void nibbles_minus_8(const uint8_t *p, vf *lo, vf *hi) {
+    const v16 q = load_16(p), eight = _mm_set1_epi8(8);
+    bytes_to_floats(_mm_sub_epi8(low_nibbles_16(q), eight), lo);
+    bytes_to_floats(_mm_sub_epi8(high_nibbles_16(q), eight), hi);
+}
 PRIMITIVE void nibbles_to_floats(const uint8_t *p, nibble_table low, nibble_table high, vf *lo, vf *hi) {
     const v16 q = load_16(p);
     bytes_to_floats(low_nibbles_16(q), lo);

@@ -26,8 +26,23 @@
 typedef __m512i vb, vi;
 typedef __m512 vf;
 typedef __m512i factors;
-typedef __m512 nibble_table;
+typedef struct { float scale, minimum; } nibble_table;
 #include "kernels_x86.h"
+
+/* 8 halves, stride bytes apart, times factor, out of 128 bytes at a time. */
+PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float factor, float *out) {
+    __m128i h;
+    if (stride == 18) {
+        const __m512i at = _mm512_castsi128_si512(_mm_set_epi16(63, 54, 45, 36, 27, 18, 9, 0));
+        h = _mm512_castsi512_si128(_mm512_permutex2var_epi16(_mm512_loadu_si512(p), at, _mm512_loadu_si512(p + 64)));
+    } else { /* 34 */
+        const __m512i at = _mm512_castsi128_si512(_mm_set_epi16(0, 0, 0, 0, 51, 34, 17, 0));
+        const __m512i a = _mm512_permutex2var_epi16(_mm512_loadu_si512(p), at, _mm512_loadu_si512(p + 64));
+        const __m512i b = _mm512_permutex2var_epi16(_mm512_loadu_si512(p + 136), at, _mm512_loadu_si512(p + 200));
+        h = _mm_unpacklo_epi64(_mm512_castsi512_si128(a), _mm512_castsi512_si128(b));
+    }
+    _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtph_ps(h), _mm256_set1_ps(factor)));
+}
 
 PRIMITIVE vf zero_f(void) { return _mm512_setzero_ps(); }
 PRIMITIVE vf same_f(float a) { return _mm512_set1_ps(a); }
@@ -109,19 +124,21 @@ PRIMITIVE vi dot_16(v16 a, const uint8_t *sums) { return _mm512_zextsi256_si512(
 PRIMITIVE vi minus_32_times(vi a, vi b) { return _mm512_sub_epi32(a, _mm512_slli_epi32(b, 5)); }
 
 PRIMITIVE void bytes_to_floats(v16 q, vf *out) { out[0] = to_float(_mm512_cvtepi8_epi32(q)); }
-/* The 16 values that a nibble can mean: a permutation looks them up. */
-PRIMITIVE nibble_table make_table(float scale, float minimum) {
-    const vf q = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return _mm512_fmadd_ps(same_f(scale), q, same_f(minimum));
+/* Nibbles: the low one indexes a table of 16 floats, the high one is converted, still times 16: the ports that
+ * permute are the busiest. */
+PRIMITIVE void nibbles_minus_8(const uint8_t *p, vf *lo, vf *hi) {
+    const __m512i q = _mm512_cvtepi8_epi32(_mm_xor_si128(load_16(p), _mm_set1_epi8((char)0x88))); /* two's complement */
+    const vf values = _mm512_set_ps(-1, -2, -3, -4, -5, -6, -7, -8, 7, 6, 5, 4, 3, 2, 1, 0);
+    lo[0] = _mm512_permutexvar_ps(q, values);
+    hi[0] = to_float(_mm512_srai_epi32(q, 4));
 }
-PRIMITIVE nibble_table table_around_8(float scale) {
-    const vf q = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-    return _mm512_mul_ps(same_f(scale), q);
-}
+PRIMITIVE nibble_table make_table(float scale, float minimum) { return (nibble_table){scale, minimum}; }
 PRIMITIVE void nibbles_to_floats(const uint8_t *p, nibble_table low, nibble_table high, vf *lo, vf *hi) {
     const __m512i q = _mm512_cvtepu8_epi32(load_16(p));
-    lo[0] = _mm512_permutexvar_ps(q, low);
-    hi[0] = _mm512_permutexvar_ps(_mm512_srli_epi32(q, 4), high);
+    const vf values = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    lo[0] = _mm512_permutexvar_ps(q, fma_f(same_f(low.scale), values, same_f(low.minimum)));
+    const vf high_16 = to_float(_mm512_and_si512(q, _mm512_set1_epi32(0xf0)));
+    hi[0] = fma_f(same_f(high.scale * 0.0625f), high_16, same_f(high.minimum));
 }
 
 #include "kernels_template.h"

@@ -23,12 +23,12 @@ PRIMITIVE float half(const uint8_t *p) {
     memcpy(&bits, p, 2);
     return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(bits))), 0);
 }
-PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float *out) {
+PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float factor, float *out) {
     uint16_t bits[8];
     for (size_t i = 0; i < 8; i++) memcpy(bits + i, p + i * stride, 2);
     const float16x8_t h = vreinterpretq_f16_u16(vld1q_u16(bits));
-    vst1q_f32(out, vcvt_f32_f16(vget_low_f16(h)));
-    vst1q_f32(out + 4, vcvt_high_f32_f16(h));
+    vst1q_f32(out, vmulq_n_f32(vcvt_f32_f16(vget_low_f16(h)), factor));
+    vst1q_f32(out + 4, vmulq_n_f32(vcvt_high_f32_f16(h), factor));
 }
 
 PRIMITIVE vf zero_f(void) { return vdupq_n_f32(0.0f); }
@@ -106,6 +106,12 @@ PRIMITIVE vi dot_16(v16 a, const uint8_t *sums) {
 }
 PRIMITIVE vi minus_32_times(vi a, vi b) { return vmlsq_n_s32(a, b, 32); }
 
+/* out[0..8) = d * each signed byte. */
+PRIMITIVE void scale_bytes(uint64_t bytes, float d, float *out) {
+    const int16x8_t wide = vmovl_s8(vcreate_s8(bytes));
+    vst1q_f32(out, vmulq_n_f32(to_float(vmovl_s16(vget_low_s16(wide))), d));
+    vst1q_f32(out + 4, vmulq_n_f32(to_float(vmovl_high_s16(wide)), d));
+}
 PRIMITIVE void bytes_to_floats(v16 q, vf *out) {
     const int16x8_t low = vmovl_s8(vget_low_s8(vreinterpretq_s8_u8(q))), high = vmovl_high_s8(vreinterpretq_s8_u8(q));
     out[0] = to_float(vmovl_s16(vget_low_s16(low)));
@@ -114,7 +120,11 @@ PRIMITIVE void bytes_to_floats(v16 q, vf *out) {
     out[3] = to_float(vmovl_high_s16(high));
 }
 PRIMITIVE nibble_table make_table(float scale, float minimum) { return (nibble_table){scale, minimum}; }
-PRIMITIVE nibble_table table_around_8(float scale) { return make_table(scale, -8.0f * scale); }
+PRIMITIVE void nibbles_minus_8(const uint8_t *p, vf *lo, vf *hi) {
+    const v16 q = load_16(p), eight = vdupq_n_u8(8);
+    bytes_to_floats(vsubq_u8(low_nibbles_16(q), eight), lo);
+    bytes_to_floats(vsubq_u8(high_nibbles_16(q), eight), hi);
+}
 PRIMITIVE void nibbles_to_floats(const uint8_t *p, nibble_table low, nibble_table high, vf *lo, vf *hi) {
     const v16 q = load_16(p);
     bytes_to_floats(low_nibbles_16(q), lo);

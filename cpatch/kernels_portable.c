@@ -34,7 +34,9 @@ PRIMITIVE float half(const uint8_t *p) {
     memcpy(&f, &bits, 4);
     return f;
 }
-PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float *out) { EACH(8) out[i] = half(p + (size_t)i * stride); }
+PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float factor, float *out) { EACH(8) out[i] = half(p + (size_t)i * stride) * factor; }
+
+PRIMITIVE void scale_bytes(uint64_t bytes, float d, float *out) { EACH(8) out[i] = d * (float)(int8_t)(bytes >> 8 * i); }
 
 PRIMITIVE vf zero_f(void) { return (vf){{0}}; }
 PRIMITIVE vf same_f(float a) { return (vf){{a, a, a, a}}; }
@@ -98,7 +100,10 @@ PRIMITIVE vi minus_32_times(vi a, vi b) { EACH(4) a.i[i] -= 32 * b.i[i]; return 
 
 PRIMITIVE void bytes_to_floats(v16 q, vf *out) { EACH(16) out[i / 4].f[i % 4] = (float)(int8_t)q.b[i]; }
 PRIMITIVE nibble_table make_table(float scale, float minimum) { return (nibble_table){scale, minimum}; }
-PRIMITIVE nibble_table table_around_8(float scale) { return make_table(scale, -8.0f * scale); }
+PRIMITIVE void nibbles_minus_8(const uint8_t *p, vf *lo, vf *hi) {
+    EACH(16) lo[i / 4].f[i % 4] = (float)((p[i] & 15) - 8);
+    EACH(16) hi[i / 4].f[i % 4] = (float)((p[i] >> 4) - 8);
+}
 PRIMITIVE void nibbles_to_floats(const uint8_t *p, nibble_table low, nibble_table high, vf *lo, vf *hi) {
     const v16 q = load_16(p);
     bytes_to_floats(low_nibbles_16(q), lo);

@@ -21,8 +21,11 @@ struct kernel_level {
     /* y += a[k] * column k, in order; scales: only for I8_SCALED. */
     bool (*axpys)(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
                   int n_cols, float *y);
+    /* y[i] += a[i] * the column, with the same bits; only for types whose blocks have 32 values. For the others the
+     * column's floats are the same whoever makes them. */
+    bool (*outputs)(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_ys);
 };
-/* Both return false, having done nothing, for types they have no code for. */
+/* All return false, having done nothing, for types they have no code for. */
 
 /* NULL where the compiler's target has no such thing. */
 extern const struct kernel_level *const kernel_portable, *const kernel_neon, *const kernel_avx2, *const kernel_avx512,

@@ -7,12 +7,12 @@
  * first half of block k's values and lane k of a second one the other half, which is how 4-bit types lie in memory
  * anyway. The sums of a lane are exact integers; one multiply-add with the lane's scale turns them into floats.
  *
- * Columns are turned into floats (the very values of dequantising: exact in every step) and added with one
- * multiply-add per element, column by column. So y does not depend on the grouping, nor on the level where the level
- * has fused multiply-adds.
+ * Columns are added with one multiply-add per element, column by column: of their factor with a K-quant's value
+ * (exact), or, with 32 values per block, of factor times scale (rounded once) with the block's integer. So y does not
+ * depend on the grouping, nor on the level where the level has fused multiply-adds.
  *
- * Rows lie scattered, and the hardware's prefetching starts anew in each; so every chunk of a row also asks for what
- * comes AHEAD bytes later, in this row or the one that follows it. */
+ * Rows lie scattered, and the hardware's prefetching starts anew in each; so every chunk of a row also asks for the
+ * same chunk of the row that will be read in its place. */
 #include "kernels_simd.h"
 
 #include <string.h>
@@ -26,10 +26,6 @@ enum { CHUNK = 16, /* blocks of 32 values between prefetches; their scales are c
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-#ifndef AHEAD
-#define AHEAD 4096
-#endif
-
 /* e2m1 values, doubled (gguf: MXFP4.kvalues). */
 static const int8_t mxfp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
@@ -38,31 +34,32 @@ INLINE size_t block_size(int type) {
          : type == K_Q4_K ? Q4_K_SIZE : type == K_Q5_K ? Q5_K_SIZE : Q6_K_SIZE;
 }
 
-/* Asks for bytes [at, at + bytes) of count rows, AHEAD further on; from the end of a row on into the row that will be
- * read in its place. left: how many rows there are from rows[0] on. */
-INLINE void fetch_ahead(const uint8_t *const *rows, int count, int left, size_t size, size_t at, size_t bytes) {
-    const size_t ahead = size < AHEAD ? size : AHEAD;
+/* Asks for bytes [at, at + bytes) of the rows that come after these count ones; left: how many there are from rows[0]
+ * on. Into the second cache level: the first one takes few requests at a time, and a core that waits to make one does
+ * not compute meanwhile. */
+INLINE void fetch_next(const uint8_t *const *rows, int count, int left, size_t at, size_t bytes) {
     UNROLL for (int r = 0; r < count; r++) {
-        const uint8_t *p = rows[r] + at + ahead;
-        if (at + ahead >= size) p = rows[r + count < left ? r + count : r] + (at + ahead - size);
-        for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+        if (r + count >= left) return;
+        for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows[r + count] + at + i, 0, 2);
     }
 }
 
-/* The scales of count <= CHUNK blocks, as floats. */
-INLINE void block_scales(int type, const uint8_t *blocks, int count, float *out) {
+/* The scales of count <= CHUNK blocks, as floats, times factor. */
+INLINE void block_scales(int type, const uint8_t *blocks, int count, float factor, float *out) {
     if (type == K_MXFP4) {
         for (int b = 0; b < count; b++) { /* a power of two, halved: the values are doubled */
             const uint32_t e = blocks[b * MXFP4_SIZE];
             const uint32_t bits = e < 2 ? 0x00200000u << e : (e - 1) << 23;
-            memcpy(out + b, &bits, 4);
+            float d;
+            memcpy(&d, &bits, 4);
+            out[b] = d * factor;
         }
         return;
     }
     const size_t size = block_size(type);
     int b = 0;
-    for (; b + 8 <= count; b += 8) halves_8(blocks + (size_t)b * size, size, out + b);
-    for (; b < count; b++) out[b] = half(blocks + (size_t)b * size);
+    for (; b + 8 <= count; b += 8) halves_8(blocks + (size_t)b * size, size, factor, out + b);
+    for (; b < count; b++) out[b] = half(blocks + (size_t)b * size) * factor;
 }
 
 /* ---- dot products: 32 values per block ---------------------------------------------------------------------- */
@@ -136,9 +133,9 @@ INLINE void dots_blocks(int type, int64_t n, const uint8_t *const *w, int R, int
     for (int b0 = 0; b0 < blocks; b0 += CHUNK) {
         const int count = blocks - b0 < CHUNK ? blocks - b0 : CHUNK;
         float dw[ROWS * CHUNK] = {0}, dx[ROWS * CHUNK] = {0};
-        fetch_ahead(w, R, left, (size_t)blocks * size, (size_t)b0 * size, (size_t)count * size);
-        UNROLL for (int r = 0; r < R; r++) block_scales(type, w[r] + (size_t)b0 * size, count, dw + r * CHUNK);
-        UNROLL for (int i = 0; i < X; i++) block_scales(K_Q8_0, x[i] + (size_t)b0 * Q8_0_SIZE, count, dx + i * CHUNK);
+        fetch_next(w, R, left, (size_t)b0 * size, (size_t)count * size);
+        UNROLL for (int r = 0; r < R; r++) block_scales(type, w[r] + (size_t)b0 * size, count, 1.0f, dw + r * CHUNK);
+        UNROLL for (int i = 0; i < X; i++) block_scales(K_Q8_0, x[i] + (size_t)b0 * Q8_0_SIZE, count, 1.0f, dx + i * CHUNK);
         for (int b = 0; b < count; b += LANES) {
             const uint8_t *w_at[ROWS], *x_at[ROWS];
             UNROLL for (int r = 0; r < R; r++) w_at[r] = w[r] + (size_t)(b0 + b) * size;
@@ -237,7 +234,7 @@ INLINE void dots_k(int type, int64_t n, const uint8_t *const *w, int R, int left
     UNROLL for (int i = 0; i < R * X; i++) acc[i] = acc_min[i] = zero_f();
     for (size_t b = 0; b < blocks; b++) {
         const uint8_t *w_at[ROWS], *x_at[ROWS];
-        fetch_ahead(w, R, left, blocks * size, b * size, size);
+        fetch_next(w, R, left, b * size, size);
         UNROLL for (int r = 0; r < R; r++) w_at[r] = w[r] + b * size;
         UNROLL for (int i = 0; i < X; i++) x_at[i] = x[i] + b * Q8_K_SIZE;
         dots_k_step(type, w_at, R, x_at, X, acc, acc_min);
@@ -263,7 +260,7 @@ INLINE void dots_floats(int type, int64_t n, const uint8_t *const *w, int R, int
     UNROLL for (int i = 0; i < R * X; i++) acc[i] = zero_f();
     for (size_t at = 0; at < whole;) {
         const size_t end = whole - at < 512 ? whole : at + 512;
-        fetch_ahead(w, R, left, size, at, end - at);
+        fetch_next(w, R, left, at, end - at);
         for (; at < end; at += step) {
             vf xv[ROWS];
             UNROLL for (int i = 0; i < X; i++) xv[i] = load_floats(type, x[i] + at);
@@ -324,31 +321,29 @@ static bool dots(int type, int64_t n, const uint8_t *const *rows, int n_rows, co
 
 /* ---- sums of columns ------------------------------------------------------------------------------------------ */
 
-/* y[0..32) += a[c] * w[c][0..32) for C columns in turn; w: BLOCK_VECTORS each. */
-#define ADD_32(y, a, C, w_of_c)                                                                                      \
+/* y[0..32) += factor * w[0..32) for C columns c in turn; w: BLOCK_VECTORS each. */
+#define ADD_32(y, factor_of_c, C, w_of_c)                                                                                     \
     do {                                                                                                             \
         vf sums[BLOCK_VECTORS];                                                                                      \
         UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) sums[i] = load_f((y) + i * WIDTH);                            \
         UNROLL for (int c = 0; c < (C); c++) {                                                                       \
             vf w[BLOCK_VECTORS];                                                                                     \
             w_of_c;                                                                                                  \
-            UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) sums[i] = fma_f(same_f((a)[c]), w[i], sums[i]);           \
+            UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) sums[i] = fma_f(same_f(factor_of_c), w[i], sums[i]);      \
         }                                                                                                            \
         UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) store_f((y) + i * WIDTH, sums[i]);                            \
     } while (0)
 
-/* The 32 values of a block whose scale is d. */
-INLINE void block_floats(int type, const uint8_t *block, float d, vf *out) {
+/* The 32 integers of a block, as floats. */
+INLINE void block_integers(int type, const uint8_t *block, vf *out) {
     if (type == K_Q4_0) {
-        const nibble_table t = table_around_8(d);
-        nibbles_to_floats(block + 2, t, t, out, out + HALF_VECTORS);
+        nibbles_minus_8(block + 2, out, out + HALF_VECTORS);
     } else if (type == K_Q8_0) {
-        UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) out[i] = mul_f(load_i8(block + 2 + i * WIDTH), same_f(d));
+        UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) out[i] = load_i8(block + 2 + i * WIDTH);
     } else {
         const v16 q = load_16(block + 1), table = load_16((const uint8_t *)mxfp4_values);
         bytes_to_floats(lookup_16(table, low_nibbles_16(q)), out);
         bytes_to_floats(lookup_16(table, high_nibbles_16(q)), out + HALF_VECTORS);
-        UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) out[i] = mul_f(out[i], same_f(d));
     }
 }
 
@@ -357,31 +352,60 @@ INLINE void axpys_blocks(int type, int64_t n, const uint8_t *const *cols, int C,
     const int blocks = (int)(n / 32);
     for (int b0 = 0; b0 < blocks; b0 += CHUNK) {
         const int count = blocks - b0 < CHUNK ? blocks - b0 : CHUNK;
+        const uint8_t *at[COLUMNS];
         float d[COLUMNS][CHUNK];
-        fetch_ahead(cols, C, left, (size_t)blocks * size, (size_t)b0 * size, (size_t)count * size);
-        UNROLL for (int c = 0; c < C; c++) block_scales(type, cols[c] + (size_t)b0 * size, count, d[c]);
+        fetch_next(cols, C, left, (size_t)b0 * size, (size_t)count * size);
+        UNROLL for (int c = 0; c < C; c++) {
+            at[c] = cols[c] + (size_t)b0 * size;
+            block_scales(type, at[c], count, a[c], d[c]);
+        }
+        float *to = y + b0 * 32;
         for (int b = 0; b < count; b++) {
-            ADD_32(y + (b0 + b) * 32, a, C, block_floats(type, cols[c] + (size_t)(b0 + b) * size, d[c][b], w));
+            ADD_32(to + b * 32, d[c][b], C, block_integers(type, at[c] + (size_t)b * size, w));
+        }
+    }
+}
+
+/* One column to several outputs, with the same products. */
+INLINE void outputs_blocks(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_ys) {
+    const size_t size = block_size(type);
+    const int blocks = (int)(n / 32);
+    for (int b0 = 0; b0 < blocks; b0 += CHUNK) {
+        const int count = blocks - b0 < CHUNK ? blocks - b0 : CHUNK;
+        const uint8_t *at = col + (size_t)b0 * size;
+        float factors[CHUNK], integers[CHUNK * 32];
+        for (int b = 0; b < count; b++) {
+            vf w[BLOCK_VECTORS];
+            block_integers(type, at + (size_t)b * size, w);
+            UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) store_f(integers + b * 32 + i * WIDTH, w[i]);
+        }
+        for (int k = 0; k < n_ys; k++) {
+            block_scales(type, at, count, a[k], factors);
+            float *y = ys[k] + b0 * 32;
+            for (int b = 0; b < count; b++) {
+                UNROLL for (int i = b * 32; i < b * 32 + 32; i += WIDTH) {
+                    store_f(y + i, fma_f(same_f(factors[b]), load_f(integers + i), load_f(y + i)));
+                }
+            }
         }
     }
 }
 
 /* The scale and the minimum of each 16 values of a K-block, as floats: values are scale * q + minimum. */
 INLINE void k_scale_floats(int type, const uint8_t *block, float *scale, float *minimum) {
+    uint64_t scales, minima;
     if (type == K_Q6_K) {
         const float d = half(block + 208);
-        for (int g = 0; g < 16; g++) scale[g] = d * (float)(int8_t)block[192 + g];
-        for (int g = 0; g < 16; g++) minimum[g] = -32.0f * scale[g];
+        for (int g = 0; g < 16; g += 8) {
+            memcpy(&scales, block + 192 + g, 8);
+            scale_bytes(scales, d, scale + g);
+            scale_bytes(scales, -32.0f * d, minimum + g);
+        }
         return;
     }
-    uint64_t scales, minima;
-    uint8_t bytes[8];
     unpack_scales(block + 4, &scales, &minima);
-    const float d = half(block), d_min = -half(block + 2);
-    memcpy(bytes, &scales, 8);
-    for (int g = 0; g < 8; g++) scale[g] = d * (float)bytes[g];
-    memcpy(bytes, &minima, 8);
-    for (int g = 0; g < 8; g++) minimum[g] = d_min * (float)bytes[g];
+    scale_bytes(scales, half(block), scale);
+    scale_bytes(minima, -half(block + 2), minimum);
 }
 
 /* The j-th 32 values of a K-block. */
@@ -429,7 +453,7 @@ INLINE void axpys_k(int type, int64_t n, const uint8_t *const *cols, int C, int 
     for (size_t b = 0; b < blocks; b++, y += 256) {
         float scale[COLUMNS][16], minimum[COLUMNS][16];
         const uint8_t *at[COLUMNS];
-        fetch_ahead(cols, C, left, blocks * size, b * size, size);
+        fetch_next(cols, C, left, b * size, size);
         UNROLL for (int c = 0; c < C; c++) {
             at[c] = cols[c] + b * size;
             k_scale_floats(type, at[c], scale[c], minimum[c]);
@@ -438,7 +462,7 @@ INLINE void axpys_k(int type, int64_t n, const uint8_t *const *cols, int C, int 
             for (int j = 0; j < 4; j++) add_q4_k(at, j, C, scale, minimum, a, y + j * 64);
         } else {
             UNROLL for (int j = 0; j < 8; j++) {
-                ADD_32(y + j * 32, a, C, k_floats(type, at[c], j, scale[c], minimum[c], w));
+                ADD_32(y + j * 32, a[c], C, k_floats(type, at[c], j, scale[c], minimum[c], w));
             }
         }
     }
@@ -454,7 +478,7 @@ INLINE void plain_floats(int type, const uint8_t *col, const uint16_t *scales, i
 }
 
 INLINE void add_one_32(int type, const uint8_t *col, const uint16_t *scales, float a, float *y) {
-    ADD_32(y, &a, 1, plain_floats(type, col, scales, 0, w));
+    ADD_32(y, a, 1, (void)c; plain_floats(type, col, scales, 0, w));
 }
 
 INLINE void axpys_plain(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, int C, int left,
@@ -462,8 +486,8 @@ INLINE void axpys_plain(int type, int64_t n, const uint8_t *const *cols, const u
     const size_t one = type == K_I8_SCALED ? 1 : float_size(type);
     int64_t at = 0;
     for (; at + 32 <= n; at += 32) {
-        if (at % 128 == 0) fetch_ahead(cols, C, left, (size_t)n * one, (size_t)at * one, 128 * one);
-        ADD_32(y + at, a, C, plain_floats(type, cols[c], type == K_I8_SCALED ? scales[c] : NULL, at, w));
+        if (at % 128 == 0) fetch_next(cols, C, left, (size_t)at * one, 128 * one);
+        ADD_32(y + at, a[c], C, plain_floats(type, cols[c], type == K_I8_SCALED ? scales[c] : NULL, at, w));
     }
     if (at == n) return;
     float rest[32] = {0}; /* fewer than 32 elements, with zeros behind them */
@@ -511,4 +535,13 @@ static bool axpys(int type, int64_t n, const uint8_t *const *cols, const uint16_
     }
 }
 
-static const struct kernel_level level = {NAME, dots, axpys};
+static bool outputs(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_ys) {
+    switch (type) {
+    case K_Q4_0: outputs_blocks(K_Q4_0, n, col, a, ys, n_ys); return true;
+    case K_Q8_0: outputs_blocks(K_Q8_0, n, col, a, ys, n_ys); return true;
+    case K_MXFP4: outputs_blocks(K_MXFP4, n, col, a, ys, n_ys); return true;
+    default: return false;
+    }
+}
+
+static const struct kernel_level level = {NAME, dots, axpys, outputs};

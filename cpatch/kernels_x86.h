@@ -31,17 +31,10 @@ PRIMITIVE float half(const uint8_t *p) {
     memcpy(&h, p, 2);
     return _cvtsh_ss(h);
 }
-PRIMITIVE short word(const uint8_t *p) {
-    short h;
-    memcpy(&h, p, 2);
-    return h;
-}
-/* 8 halves, stride bytes apart. */
-PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float *out) {
-    const __m128i h = _mm_set_epi16(word(p + 7 * stride), word(p + 6 * stride), word(p + 5 * stride),
-                                    word(p + 4 * stride), word(p + 3 * stride), word(p + 2 * stride),
-                                    word(p + stride), word(p));
-    _mm256_storeu_ps(out, _mm256_cvtph_ps(h));
+/* out[0..8) = d * each signed byte. */
+PRIMITIVE void scale_bytes(uint64_t bytes, float d, float *out) {
+    const __m256 v = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low_8(bytes)));
+    _mm256_storeu_ps(out, _mm256_mul_ps(v, _mm256_set1_ps(d)));
 }
 
 #endif
