@@ -114,7 +114,7 @@ class Profile:
             return there
         folder.mkdir(parents=True, exist_ok=True)
         described = {"version": VERSION, "meta": meta, "ffns": [vars(ffn) for ffn in ffns]}
-        _write(folder / "profile.json", lambda file: file.write(json.dumps(described, indent=1).encode()))
+        write_atomically(folder / "profile.json", lambda file: file.write(json.dumps(described, indent=1).encode()))
         return cls(folder, meta, ffns)
 
     @classmethod
@@ -181,7 +181,7 @@ class Profile:
 
     def write_chunk(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep what chunk `number` gave; complete or not at all."""
-        _write(self._path(number), lambda file: np.savez(file, **arrays))
+        write_atomically(self._path(number), lambda file: np.savez(file, **arrays))
 
     def _path(self, number: int) -> Path:
         return self.folder / f"chunk-{number:05d}.npz"
@@ -228,7 +228,7 @@ class Profile:
         return (count / np.maximum(routed, 1)[:, None]).astype(np.float32)
 
 
-def _write(path: Path, fill: Any) -> None:
+def write_atomically(path: Path, fill: Any) -> None:
     """Write a file completely or not at all."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

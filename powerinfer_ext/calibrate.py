@@ -15,18 +15,22 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import llama_cpp
 import numpy as np
+import typer
 from llama_cpp import _internals as internals
 
 from gguf_tools import quants
 from gguf_tools.activations import NATIVE
 from gguf_tools.convert import convert, plan_conversion
+from gguf_tools.errors import ConversionError
+from gguf_tools.fit import RECALL, Fit, chart_of, fit
 from gguf_tools.profile import Profile, ProfiledFFN, fingerprint
 from gguf_tools.reader import GGUFFile
 from gguf_tools.sparse import K_VERSION, SILENT, SparseGGUF
@@ -90,9 +94,10 @@ def _values(ggml: ctypes.CDLL, address: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Model:
-    """What has to be known of a model file before it is run."""
+    """What has to be known of a model file before it is run. name: what messages call it."""
 
     path: str
+    name: str
     architecture: str
     activation: str
     native: bool  # stock computes that activation
@@ -105,7 +110,7 @@ class _Model:
     biased: frozenset[str]  # FFNs with biases
 
 
-def _about(path: str) -> _Model:
+def _about(path: str, name: str | None = None) -> _Model:
     with GGUFFile.open(path) as file:
         architecture = str(file.metadata.get("general.architecture"))
         orders: dict[str, np.ndarray] = {}
@@ -133,6 +138,7 @@ def _about(path: str) -> _Model:
             biased = {f.unit for f in plan.ffns if any(bias in file.tensors for bias in f.biases)}
         return _Model(
             path=path,
+            name=name or path,
             architecture=architecture,
             activation=activation,
             native=activation == NATIVE.get(architecture, (None, False))[0],
@@ -215,7 +221,7 @@ class _Capture:
         if not np.isfinite(values.sum(dtype=np.float64)):
             bad = int(np.count_nonzero(~np.isfinite(values)))
             raise PowerInferError(
-                f"{self.model.path}: layer {ffn.index}: {bad} of {values.size} values of its FFN's {what} are not "
+                f"{self.model.name}: layer {ffn.index}: {bad} of {values.size} values of its FFN's {what} are not "
                 "numbers (NaN or infinite); the model or the file is damaged"
             )
 
@@ -227,7 +233,7 @@ class _Capture:
         if self.keep:
             if np.abs(x).max(initial=0) > np.finfo(np.float16).max:
                 raise PowerInferError(
-                    f"{self.model.path}: layer {ffn.index}: its FFN's inputs reach {np.abs(x).max():.3g}, too large "
+                    f"{self.model.name}: layer {ffn.index}: its FFN's inputs reach {np.abs(x).max():.3g}, too large "
                     "for the profile's half precision"
                 )
             self._add("x", ffn, x.astype(np.float16))
@@ -363,7 +369,7 @@ def _about_with(stack: contextlib.ExitStack, model: str, output: Path, activatio
     temporary = output.parent / f".{output.name}.{secrets.token_hex(4)}.gguf"
     stack.callback(temporary.unlink, missing_ok=True)
     convert(model, temporary, activation=activation)
-    return _about(str(temporary))
+    return _about(str(temporary), model)
 
 
 def _stored(model: _Model, tokens: int, disk: int) -> int:
@@ -427,3 +433,147 @@ def _tokens(llama: Any, texts: Sequence[str | os.PathLike[str]] | None, tokens: 
             f"{TOKENS}"
         )
     return ids[:tokens]
+
+
+def fitted_to(
+    model: str,
+    *,
+    profile: str | os.PathLike[str] | None = None,
+    texts: Sequence[str | os.PathLike[str]] | None = None,
+    predict: bool = False,
+    recall: float = RECALL,
+    activation: str | None = None,
+    hot_bytes: int | None = None,
+    chart: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+    beside: str | os.PathLike[str],
+    progress: Progress | None = None,
+) -> Fit:
+    """What `powerinfer convert` is to know about the stock GGUF `model`.
+
+    From `profile`; or calibrates on `texts` (default: the bundled text, random tokens for a synthetic model), with a
+    profile in `beside`.profile that is removed when all is well, and found again by the next try when not. Raises
+    what `calibrate` and `fit` raise.
+    """
+    temporary = None
+    if profile is None:
+        temporary = Path(f"{os.fspath(beside)}.profile")
+        if texts is None and not _is_synthetic(model):
+            from powerinfer_ext.models import calibration_text
+
+            texts = [calibration_text()]
+        threads = threads or len(os.sched_getaffinity(0))
+        profile = calibrate(
+            model, texts, temporary, activation=activation, threads=threads, progress=progress
+        ).folder
+    elif texts:
+        raise ConversionError("--profile and --text are two ways to calibrate; give one of them")
+    opened = Profile.open(profile)
+    result = fit(
+        opened,
+        model,
+        predict=predict,
+        recall=recall,
+        activation=activation,
+        hot_bytes=hot_bytes,
+        everything=chart is not None,
+        progress=progress,
+    )
+    if chart is not None:
+        chart_of(result.candidates, chart, f"{os.path.basename(model)}: predictors, recall {recall:g} asked for")
+    if temporary is not None:
+        shutil.rmtree(temporary)
+    return result
+
+
+def _is_synthetic(model: str) -> bool:
+    """Whether `powerinfer synth` wrote it: its weights are random, and text means nothing to it."""
+    with GGUFFile.open(model) as file:
+        return str(file.metadata.get("general.name", "")).endswith("(synthetic)")
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+
+EXAMPLES = (
+    "powerinfer calibrate arcee-relu2 --text my-texts.txt -o arcee.profile",
+    "powerinfer calibrate synthetic.gguf -o synthetic.profile --tokens 8192",
+)
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A GGUF or (exact) sparse-GGUF file, or the name of a bundled model.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PROFILE", help="The folder to write.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text to read (may be given more than once).", show_default="random tokens, for synthetic models"
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=LEAST_TOKENS, help="Tokens to read at most.")] = TOKENS,
+    disk: Annotated[
+        float, typer.Option(min=0.01, metavar="GB", help="What the profile may take; beyond, it keeps a sample.")
+    ] = DISK / 1e9,
+    activation: Annotated[
+        str | None, typer.Option(help="What the FFN computes.", show_default="what the file says, or its architecture")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads.", show_default="as many as there are CPUs to use")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random tokens.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")] = False,
+) -> None:
+    """Read text with a model and note which neurons fire, for predictors, hot sets and thresholds.
+
+    The result is a folder. An interrupted run goes on where it was when the command is given again.
+    """
+    from powerinfer_ext.cli import _print_json, _progress, _resolve, _say, _silence_llama_cpp
+
+    _silence_llama_cpp()
+    with _progress(f"Calibrating {model}") as progress:
+        profile = calibrate(
+            _resolve(model),
+            text,
+            output,
+            tokens=tokens,
+            disk=round(disk * 1e9),
+            activation=activation,
+            threads=threads or len(os.sched_getaffinity(0)),
+            seed=seed,
+            progress=progress,
+        )
+    result = summary(profile)
+    if as_json:
+        return _print_json(result)
+    _say(f"{output}: {result['tokens']} tokens of {result['text']}, {result['bytes'] / 1e6:.0f} MB")
+    for layer in result["layers"]:
+        if layer["density"] is not None:
+            _say(
+                f"layer {layer['ffn']}: {layer['density']:.1%} of neurons fire, the hottest 30 % make up "
+                f"{layer['hottest_30']:.0%} of the firings"
+            )
+
+
+command.__name__ = "calibrate"
+
+
+def summary(profile: Profile) -> dict[str, Any]:
+    """What a profile holds, for JSON: meta, and per FFN density, the share of firings that the hottest 30 % of its
+    neurons make up, and of tokens that go to each expert."""
+    layers = []
+    for unit, ffn in profile.ffns.items():
+        frequency = profile.frequency(unit)
+        entry: dict[str, Any] = {"ffn": unit, "neurons": ffn.n_ff, "experts": ffn.n_expert}
+        entry |= {"density": None, "hottest_30": None}
+        if frequency is not None:
+            ranked = np.sort(frequency.ravel())[::-1]
+            entry["density"] = float(frequency.mean())
+            entry["hottest_30"] = float(ranked[: round(0.3 * len(ranked))].sum() / max(ranked.sum(), 1e-30))
+        if ffn.n_expert:
+            routed = np.bincount(profile.array("experts", unit).ravel(), minlength=ffn.n_expert)
+            entry["expert_load"] = (routed / profile.tokens).tolist()
+        layers.append(entry)
+    size = sum(path.stat().st_size for path in profile.folder.iterdir())
+    return {**profile.meta, "tokens": profile.tokens, "bytes": size, "layers": layers}

@@ -24,7 +24,12 @@ from typer.core import TyperGroup
 from powerinfer_ext.errors import PowerInferError
 
 # Commands that bring their options with them; imported when asked for, because numpy and llama_cpp come along.
-_ELSEWHERE = {"synth": "gguf_tools.synth", "trace": "powerinfer_ext.trace", "bench": "powerinfer_ext.bench"}
+_ELSEWHERE = {
+    "calibrate": "powerinfer_ext.calibrate",
+    "synth": "gguf_tools.synth",
+    "trace": "powerinfer_ext.trace",
+    "bench": "powerinfer_ext.bench",
+}
 
 
 class _Commands(TyperGroup):
@@ -80,6 +85,11 @@ class Activation(StrEnum):
 class Threshold(StrEnum):
     cats = "cats"
     chess = "chess"
+
+
+class ConvertMode(StrEnum):
+    exact = "exact"
+    predict = "predict"
 
 
 class EvalMode(StrEnum):
@@ -171,6 +181,8 @@ def models(as_json: Json = False) -> None:
         "powerinfer convert arcee-relu2 arcee.sparse.gguf",
         "powerinfer convert prosparse-llama-2-7b.gguf prosparse.sparse.gguf --activation relu",
         "powerinfer convert model-f16.gguf model.sparse.gguf --down-type Q8_0",
+        "powerinfer convert arcee-relu2 arcee.sparse.gguf --mode predict --text my-texts.txt",
+        "powerinfer convert arcee-relu2 arcee.sparse.gguf --mode predict --profile arcee.profile --recall 0.98",
         "powerinfer convert prosparse-llama-2-7b.powerinfer.gguf prosparse.sparse.gguf",
         "powerinfer convert llama-swiglu swiglu.sparse.gguf --threshold chess --max-ppl-increase 1%",
     )
@@ -187,6 +199,30 @@ def convert(
     down_type: Annotated[
         str, typer.Option(help="Type to store the columns of down in, such as F16 or Q8_0; or auto.")
     ] = "auto",
+    mode: Annotated[
+        ConvertMode,
+        typer.Option(help="exact: the deciding matrix stays and decides; predict: small predictors do, at some loss."),
+    ] = ConvertMode.exact,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="A profile made by powerinfer calibrate: stores neurons hot-first, trains predictors."),
+    ] = None,
+    recall: Annotated[
+        float, typer.Option(help="With --mode predict: the share of firing neurons that predictors must find.")
+    ] = 0.97,
+    hot_memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="MB",
+            help="With a profile: memory for the hot neurons of all layers.",
+            show_default="what makes up 80 % of the firings",
+        ),
+    ] = None,
+    chart: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", help="With --mode predict: try all predictors and draw recall against bytes read."),
+    ] = None,
     threshold: Annotated[
         Threshold | None,
         typer.Option(
@@ -203,9 +239,10 @@ def convert(
         typer.Option(metavar="SHARE", help="Instead of --density: skip as many as cost this in perplexity, say 1%."),
     ] = None,
     text: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
-            help="Text to calibrate with; its last quarter is kept for judging the result.", show_default="bundled"
+            help="Text to calibrate with (may be given more than once); a part is kept for judging the result.",
+            show_default="bundled; for a synthetic model random tokens",
         ),
     ] = None,
     threads: Threads = None,
@@ -216,7 +253,28 @@ def convert(
 
     if threshold is None and (density is not None or max_ppl_increase is not None):
         raise PowerInferError("--density and --max-ppl-increase go with --threshold; add --threshold chess")
-    calibration, cost = None, None
+    calibration, cost, notes = None, None, []
+    if mode is ConvertMode.predict or profile is not None or (text and threshold is None):
+        from powerinfer_ext.calibrate import fitted_to
+
+        if threshold is not None:
+            raise PowerInferError("--threshold goes with neither --mode predict nor --profile; leave one of them out")
+        _silence_llama_cpp()
+        with _progress("Calibrating") as progress:
+            fitted = fitted_to(
+                _resolve(source),
+                profile=profile,
+                texts=text,
+                predict=mode is ConvertMode.predict,
+                recall=recall,
+                activation=activation.value if activation else None,
+                hot_bytes=None if hot_memory is None else round(hot_memory * 1e6),
+                chart=chart,
+                threads=threads,
+                beside=target,
+                progress=progress,
+            )
+        calibration, notes = fitted.calibration, fitted.notes
     if threshold is not None:
         from powerinfer_ext.run import default_threads
         from powerinfer_ext.thresholds import find_thresholds
@@ -227,7 +285,7 @@ def convert(
                 threshold.value,
                 density=density,
                 max_increase=None if max_ppl_increase is None else _share("--max-ppl-increase", max_ppl_increase),
-                text=None if text is None else text.read_text(encoding="utf-8", errors="replace"),
+                text="".join(part.read_text(encoding="utf-8", errors="replace") for part in text) if text else None,
                 threads=threads or default_threads(),
                 progress=progress,
             )
@@ -241,7 +299,8 @@ def convert(
             progress=progress,
         )
     if as_json:
-        return _print_json(report.to_dict() | ({"threshold": cost.to_dict()} if cost else {}))
+        result = report.to_dict() | {"notes": [*notes, *report.notes]}
+        return _print_json(result | ({"threshold": cost.to_dict()} if cost else {}))
     neurons = sum(layer.n_ff * (layer.n_expert or 1) for layer in report.layers)
     _say(
         f"{report.output}: {report.architecture}, {report.activation}, {neurons} neurons in "
@@ -254,9 +313,17 @@ def convert(
             f"down was re-quantised in {len(report.requantised)} layers, as its columns are stored as rows: "
             f"it moved by at most {worst:.2%} (root mean square)"
         )
+    predicted = [layer for layer in report.layers if layer.predictor != "none"]
+    if predicted and all(layer.recall is not None for layer in predicted):
+        found, computed = (sum(getattr(x, k) for x in predicted) / len(predicted) for k in ("recall", "computed"))
+        _say(
+            f"{len(predicted)} of {len(report.layers)} layers are predicted: {found:.1%} of the neurons that fire are "
+            f"found in text not trained on, {computed:.1%} of all are computed, the predictors take "
+            f"{_megabytes(sum(x.predictor_bytes for x in predicted))}; powerinfer eval says what that does to the text"
+        )
     if cost:
         _say(cost.sentence())
-    for note in report.notes:
+    for note in [*notes, *report.notes]:
         _say(note)
 
 

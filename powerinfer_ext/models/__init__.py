@@ -68,3 +68,8 @@ def find(name: str) -> BundledModel:
         if model.name == name:
             return model
     raise ValueError(f"no bundled model {name!r}; there are {', '.join(m.name for m in models)}")
+
+
+def calibration_text() -> Path:
+    """The text the bundled models were trained on: Python sources, for want of anything better to calibrate with."""
+    return _FOLDER / "calibration.txt"
