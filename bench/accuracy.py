@@ -82,7 +82,7 @@ def table(results: list[dict[str, Any]]) -> Table:
     for column in ("mean KL", "same top-1", "perplexity", "stock itself", "density"):
         out.add_column(column, justify="right")
     for result in results:
-        for mode, figures in result["modes"].items():
+        for mode, figures in result["passes"].items():
             floor = figures["stock_self"]["mean_kl"] if figures.get("stock_self") else None
             across = result.get("stock_prefill_vs_decode")
             density = "-" if result["density"] is None else f"{result['density']:.1%}"

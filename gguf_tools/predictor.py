@@ -5,14 +5,14 @@ How they are made is in `training.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gguf_tools import quants
 from gguf_tools.errors import ConversionError
-from gguf_tools.reader import BLOCKS, row_bytes, type_name
-from gguf_tools.sparse import DIRECT, LOWRANK, PREDICTORS, RANK_STEP
+from gguf_tools.reader import BLOCKS, TensorInfo, row_bytes, type_name
+from gguf_tools.sparse import DIRECT, LOWRANK, PREDICTORS, RANK_STEP, SparseLayer
 
 _BLOCK_OF_8_BITS = {2: 32, 3: 32, 6: 32, 7: 32, 8: 32, 20: 32}  # types whose products take Q8_0 or Q8_1 inputs
 _FLOATS = (quants.F32, quants.F16, quants.BF16)
@@ -97,3 +97,27 @@ def rounded(ggml_type: int, x: np.ndarray) -> np.ndarray:
     blocks = np.asarray(x, np.float32).reshape(len(x), -1, 256)  # Q8_K; its scales are F32
     scale = np.abs(blocks).max(axis=2, keepdims=True) / 127
     return (np.rint(blocks / np.maximum(scale, 1e-30)) * scale).reshape(x.shape)
+
+
+def stored_predictor(layer: SparseLayer) -> Predictor:
+    """The predictor of a layer of a sparse-GGUF, neurons in stored order."""
+    tensors = layer.predictor
+    assert tensors is not None
+
+    def rows(tensor: TensorInfo) -> np.ndarray:
+        return np.frombuffer(layer.file.data(tensor.name), np.uint8).reshape(tensor.shape[1], -1)
+
+    a, b = tensors.a_tensor, tensors.b_tensor
+    bias = np.frombuffer(layer.file.data(tensors.bias_tensor.name), "<f4")
+    predictor = Predictor(tensors.kind, b.type, rows(b), bias, recall=tensors.recall, computed=tensors.computed)
+    return predictor if a is None else replace(predictor, a_type=a.type, a=rows(a))
+
+
+def stored_rows(layer: SparseLayer, part: str) -> np.ndarray:
+    """float32 [n_ff, n_embd]: the gate or up rows in a dense layer's bundle, in stored order."""
+    ggml_type, offset = (
+        (layer.gate_type, layer.gate_offset) if part == "gate" else (layer.up_type, layer.up_offset)
+    )
+    bundle = np.frombuffer(layer.file.data(layer.bundle.name), np.uint8).reshape(layer.n_ff, layer.stride)
+    width = row_bytes(ggml_type, layer.n_embd)
+    return quants.dequantise(ggml_type, bundle[:, offset : offset + width], layer.n_embd)

@@ -93,6 +93,12 @@ class ConvertMode(StrEnum):
 
 
 class EvalMode(StrEnum):
+    exact = "exact"
+    predict = "predict"
+    threshold = "threshold"
+
+
+class Pass(StrEnum):
     prefill = "prefill"
     decode = "decode"
     both = "both"
@@ -436,7 +442,8 @@ def chat(
     "eval",
     epilog=_examples(
         "powerinfer eval arcee.sparse.gguf --against arcee-relu2 --text heldout.txt",
-        "powerinfer eval arcee.sparse.gguf --against arcee.gguf --text heldout.txt --mode decode --json",
+        "powerinfer eval arcee.sparse.gguf --against arcee.gguf --text heldout.txt --pass decode --json",
+        "powerinfer eval predicted.sparse.gguf --against arcee-relu2 --text heldout.txt --sweep quality.png",
         "powerinfer eval drelu.sparse.gguf --against reference --text heldout.txt",
     ),
 )
@@ -469,8 +476,20 @@ def eval_(
         ),
     ] = None,
     mode: Annotated[
-        EvalMode, typer.Option(help="Read a window at once (prefill), token by token (decode), or try both.")
-    ] = EvalMode.both,
+        EvalMode | None,
+        typer.Option(
+            help="predict, threshold: as the file runs; exact: with all neurons computed that are left out then.",
+            show_default="what the file is",
+        ),
+    ] = None,
+    how: Annotated[
+        Pass,
+        typer.Option("--pass", help="Read a window at once (prefill), token by token (decode), or try both."),
+    ] = Pass.both,
+    sweep: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", help="Also draw quality against density, with stricter and looser thresholds."),
+    ] = None,
     floor: Annotated[
         bool,
         typer.Option("--floor/--no-floor", help="Also measure how far stock is from itself (loads DENSE twice)."),
@@ -481,7 +500,8 @@ def eval_(
     """Measure how far a sparse-GGUF is from its dense model: perplexity, KL, top-1 agreement, density.
 
     KL and top-1 agreement are over every position, perplexity over the second half of each window. With
-    --mode both, the JSON's top level holds the mode with the greater KL.
+    --pass both, the JSON's top level holds the pass with the greater KL. Recall and precision of predictors are
+    measured on the first thousand tokens.
     """
     from powerinfer_ext import evaluate as evaluation
     from powerinfer_ext.run import default_threads
@@ -494,19 +514,33 @@ def eval_(
         content = text.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise PowerInferError(f"{text}: is not text in UTF-8; --text needs a plain text file") from None
+    settings: dict[str, Any] = {
+        "reference": reference,
+        "tokens": tokens,
+        "window": window,
+        "threads": threads or default_threads(),
+    }
     with _progress("Evaluating") as progress:
         result = evaluation.evaluate(
             sparse_path,
             dense_path,
             content,
-            reference=reference,
-            tokens=tokens,
-            window=window,
-            modes=evaluation.MODES if mode is EvalMode.both else (mode.value,),
+            passes=evaluation.PASSES if how is Pass.both else (how.value,),
+            mode=mode.value if mode else None,
             floor=floor,
-            threads=threads or default_threads(),
             progress=progress,
+            **settings,
         )
+    if sweep is not None:
+        from powerinfer_ext.sweep import draw
+        from powerinfer_ext.sweep import sweep as move
+
+        def judge(path: str) -> dict[str, Any]:
+            return evaluation.evaluate(path, dense_path, content, passes=("prefill",), floor=False, **settings)
+
+        with _progress("Sweeping") as progress:
+            result["sweep"] = move(sparse_path, judge, progress)
+        draw(result["sweep"], sweep, f"{Path(sparse_path).name}, {result['tokens']} tokens")
     if as_json:
         return _print_json(result)
     evaluation.render(result, out)

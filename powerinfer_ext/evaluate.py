@@ -25,19 +25,23 @@ from llama_cpp._logger import set_verbose
 from rich.console import Console
 from rich.table import Table
 
+from gguf_tools.reader import GGUFFile
+from gguf_tools.sparse import K_VERSION, SparseGGUF
 from powerinfer_ext.errors import PowerInferError
+from powerinfer_ext.firing import TOKENS, firing
 from powerinfer_ext.hook import sparse_loading
 from powerinfer_ext.loader import Options
 from powerinfer_ext.run import trained_context
 
-MODES = ("prefill", "decode")
+PASSES = ("prefill", "decode")
+MODES = ("exact", "predict", "threshold")
 _ROWS = 64  # positions compared at a time: bounds the float64 copies to 64 x n_vocab
 
 
 class Scorer(Protocol):
     """Anything that gives logits for a window of tokens that starts with an empty context."""
 
-    def logits(self, tokens: list[int], mode: str) -> np.ndarray:
+    def logits(self, tokens: list[int], how: str) -> np.ndarray:
         """float32 [len(tokens), n_vocab]; "prefill" reads the window at once, "decode" token by token."""
         ...
 
@@ -91,9 +95,9 @@ class LlamaScorer:
         """The tokens of `text`, without a BOS."""
         return self.model.tokenize(text.encode(), add_bos=False, special=False)
 
-    def logits(self, tokens: list[int], mode: str) -> np.ndarray:
+    def logits(self, tokens: list[int], how: str) -> np.ndarray:
         self.context.kv_cache_clear()
-        step = len(tokens) if mode == "prefill" else 1
+        step = len(tokens) if how == "prefill" else 1
         out = np.empty((len(tokens), self.n_vocab), np.float32)
         for start in range(0, len(tokens), step):
             self.batch.set_batch(tokens[start : start + step], n_past=start, logits_all=True)
@@ -104,7 +108,7 @@ class LlamaScorer:
 
 
 class ReferenceScorer:
-    """Logits from the numpy float32 forward pass; it has no modes, a window is a window."""
+    """Logits from the numpy float32 forward pass; a window is a window, however it is read."""
 
     def __init__(self, path: str, activation: str) -> None:
         from powerinfer_ext.reference import Reference
@@ -112,7 +116,7 @@ class ReferenceScorer:
         self._reference = Reference(path, activation)
         self._last: tuple[list[int], np.ndarray] = ([], np.empty((0, 0)))
 
-    def logits(self, tokens: list[int], mode: str) -> np.ndarray:
+    def logits(self, tokens: list[int], how: str) -> np.ndarray:
         if self._last[0] != tokens:
             self._last = (tokens, np.asarray(self._reference.logits(tokens), np.float32))
         return self._last[1]
@@ -165,7 +169,7 @@ class Perplexity:
 
 @dataclass
 class Comparison:
-    """Everything measured in one mode."""
+    """Everything measured in one pass."""
 
     against_dense: Divergence = field(default_factory=Divergence)
     stock_self: Divergence = field(default_factory=Divergence)  # stays empty without the floor
@@ -223,7 +227,8 @@ def evaluate(
     reference: tuple[str, str] | None = None,
     tokens: int = 4096,
     window: int | None = None,
-    modes: Iterable[str] = MODES,
+    passes: Iterable[str] = PASSES,
+    mode: str | None = None,
     floor: bool = True,
     threads: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -235,19 +240,24 @@ def evaluate(
         reference: (dense GGUF, activation) for the numpy forward pass, where stock has another activation.
         window: tokens per window, each with a fresh KV cache; None for 512, or the context that the model was
             trained with where that is less.
-        modes: of "prefill" and "decode", which to evaluate.
+        passes: of "prefill" and "decode", which to evaluate.
+        mode: "predict" and "threshold" judge a file that has predictors or thresholds as it runs, "exact" computes all
+            of its neurons instead; None for what the file is.
         floor: also measure how far stock is from itself (needs dense_path, and loads it twice).
         progress: called with (tokens read, tokens to read in all); each model reads each window.
 
-    Returns the JSON of `powerinfer eval`. The figures at its top level are those of the mode with the greater
-    KL; `modes` has them all. `stock_self` and `stock_prefill_vs_decode` are None without the floor.
+    Returns the JSON of `powerinfer eval`. The figures at its top level are those of the pass with the greater
+    KL; `passes` has them all. `stock_self` and `stock_prefill_vs_decode` are None without the floor. `recall`,
+    `precision` and `predictor_share` are means over the predicted layers (on a part of the tokens), None without any;
+    `computed_share` is the mean over all layers.
     """
-    modes = tuple(modes)
+    passes = tuple(passes)
+    mode, sparse_mode = _mode(sparse_path, mode)
     window = window or trained_context(sparse_path, at_most=512)
     floor = floor and dense_path is not None
     with contextlib.ExitStack() as stack:
         settings = {"window": window, "threads": threads}
-        sparse = stack.enter_context(LlamaScorer(sparse_path, **settings))
+        sparse = stack.enter_context(LlamaScorer(sparse_path, **settings, sparse_mode=sparse_mode))
         dense: Scorer
         if dense_path is not None:
             dense = stack.enter_context(LlamaScorer(dense_path, **settings))
@@ -264,45 +274,77 @@ def evaluate(
 
         bos = sparse.model.token_bos() if sparse.model.add_bos_token() else None
         cut = windows(sparse.tokenize(text), tokens, window, bos)
-        dense_modes = MODES if floor else modes
-        passes = len(dense_modes) + len(modes) * (2 if other is not None else 1)
-        total = sum(map(len, cut)) * passes
+        dense_passes = PASSES if floor else passes
+        total = sum(map(len, cut)) * (len(dense_passes) + len(passes) * (2 if other is not None else 1))
         done = 0
 
-        def read(scorer: Scorer, part: list[int], mode: str) -> np.ndarray:
+        def read(scorer: Scorer, part: list[int], how: str) -> np.ndarray:
             nonlocal done
-            logits = scorer.logits(part, mode)
+            logits = scorer.logits(part, how)
             done += len(part)
             if progress is not None:
                 progress(done, total)
             return logits
 
-        comparisons = {mode: Comparison() for mode in modes}
+        comparisons = {how: Comparison() for how in passes}
         prefill_vs_decode = Divergence()
         if sparse.sparse is not None:
             sparse.sparse.reset_stats()
         for part in cut:
-            dense_logits = {mode: read(dense, part, mode) for mode in dense_modes}
-            for mode, comparison in comparisons.items():
-                comparison.add(part, dense_logits[mode], read(sparse, part, mode))
+            dense_logits = {how: read(dense, part, how) for how in dense_passes}
+            for how, comparison in comparisons.items():
+                comparison.add(part, dense_logits[how], read(sparse, part, how))
                 if other is not None:
-                    comparison.stock_self.add(dense_logits[mode], read(other, part, mode))
+                    comparison.stock_self.add(dense_logits[how], read(other, part, how))
             if floor:
                 prefill_vs_decode.add(dense_logits["prefill"], dense_logits["decode"])
         stats = sparse.sparse.stats() if sparse.sparse is not None else {"density": None, "layers": []}
 
-    per_mode = {mode: comparison.json() for mode, comparison in comparisons.items()}
-    worst = max(modes, key=lambda mode: per_mode[mode]["mean_kl"])
+    found = firing(sparse_path, _some(cut), threads=threads) if mode == "predict" else {}
+    layers = [
+        {**layer, **found[layer["layer"]].json()} if layer["layer"] in found else layer for layer in stats["layers"]
+    ]
+    per_pass = {how: comparison.json() for how, comparison in comparisons.items()}
+    worst = max(passes, key=lambda how: per_pass[how]["mean_kl"])
     return {
-        "mode": worst,
-        **per_mode[worst],
+        "mode": mode,
+        "pass": worst,
+        **per_pass[worst],
         "density": stats["density"],
-        "layers": stats["layers"],
+        "computed_share": stats["density"],
+        **{key: _mean([f.json()[key] for f in found.values()]) for key in ("recall", "precision", "predictor_share")},
+        "layers": layers,
         "stock_prefill_vs_decode": prefill_vs_decode.json() if floor else None,
         "against": "dense" if dense_path is not None else "reference",
         "window": window,
-        "modes": per_mode,
+        "passes": per_pass,
     }
+
+
+def _mode(path: str, wanted: str | None) -> tuple[str, str]:
+    """What the file at `path` is judged as, and the engine's mode for it."""
+    with GGUFFile.open(path) as file:
+        if K_VERSION not in file.fields:
+            native = "exact"
+        else:
+            view = SparseGGUF(file)
+            native = "threshold" if view.threshold_kind else view.mode
+    if wanted not in (None, "exact", native):
+        how = "--mode predict" if wanted == "predict" else "--threshold"
+        raise PowerInferError(f"{path}: has nothing for mode {wanted}; convert the model with {how}")
+    mode = wanted or native
+    return mode, "dense" if mode == "exact" and native != "exact" else "exact"
+
+
+def _some(cut: list[list[int]]) -> list[list[int]]:
+    """Windows from the start, as many as are looked at closely."""
+    n = 1 + next((i for i in range(len(cut)) if sum(map(len, cut[: i + 1])) >= TOKENS), len(cut))
+    return cut[:n]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
 
 
 def render(result: dict[str, Any], console: Console) -> None:
@@ -325,12 +367,12 @@ def agreement_table(result: dict[str, Any]) -> Table:
         kl, greatest, top1 = figures["mean_kl"], figures["max_kl"], figures["top1_agreement"]
         table.add_row(name, f"{kl:.1e}", f"{greatest:.1e}", f"{top1:.2%}", perplexity)
 
-    for mode, figures in result["modes"].items():
+    for how, figures in result["passes"].items():
         perplexity = f"{figures['ppl_dense']:.2f} -> {figures['ppl_sparse']:.2f}"
-        row(f"{mode}: sparse, {result['against']}", figures, perplexity)
-    for mode, figures in result["modes"].items():
+        row(f"{how}: sparse, {result['against']}", figures, perplexity)
+    for how, figures in result["passes"].items():
         if figures["stock_self"]:
-            row(f"{mode}: stock, itself*", figures["stock_self"])
+            row(f"{how}: stock, itself*", figures["stock_self"])
     if result["stock_prefill_vs_decode"]:
         row("stock: prefill, decode", result["stock_prefill_vs_decode"])
         table.caption = "* with use_extra_bufts off. The last rows are the noise to judge the first by."
@@ -338,12 +380,15 @@ def agreement_table(result: dict[str, Any]) -> Table:
 
 
 def layer_table(layers: list[dict[str, Any]]) -> Table:
-    """Density and time per layer, from `sparse_stats()["layers"]`."""
-    table = Table("layer", "neurons", "computed", "", "seconds", title="Neurons computed per layer")
+    """Density and time per layer, from `sparse_stats()["layers"]`; recall and precision where `evaluate` added them."""
+    predicted = any("recall" in layer for layer in layers)
+    more = ("recall", "precision") if predicted else ()
+    table = Table("layer", "neurons", "computed", "", "seconds", *more, title="Neurons computed per layer")
     for layer in layers:
         share = layer["density"] or 0.0
         bar = "█" * round(share * 30)
+        figures = ["-" if layer.get(key) is None else f"{layer[key]:.1%}" for key in more]
         table.add_row(
-            str(layer["layer"]), str(layer["neurons"]), f"{share:.1%}", bar, f"{layer['seconds']:.3f}"
+            *(str(layer["layer"]), str(layer["neurons"]), f"{share:.1%}", bar, f"{layer['seconds']:.3f}", *figures)
         )
     return table

@@ -256,8 +256,8 @@ def test_eval(powerinfer: Command, folder: Path) -> None:
     assert result["ppl_sparse"] == pytest.approx(result["ppl_dense"], rel=1e-4)
     assert 0 < result["density"] < 0.3 and len(result["layers"]) == 2
     assert result["stock_self"]["mean_kl"] >= 0
-    assert set(result["modes"]) == {"prefill", "decode"}
-    assert set(powerinfer(*arguments, "--json", "--mode", "decode").json["modes"]) == {"decode"}
+    assert set(result["passes"]) == {"prefill", "decode"}
+    assert set(powerinfer(*arguments, "--json", "--pass", "decode").json["passes"]) == {"decode"}
     shown = powerinfer(*arguments, "--mode", "prefill")
     assert "prefill: sparse, dense" in shown.out and "Neurons computed per layer" in shown.out
 

@@ -11,7 +11,7 @@ from tiny_models import make
 from gguf_tools import convert
 from powerinfer_ext import PowerInferError
 from powerinfer_ext.evaluate import (
-    MODES,
+    PASSES,
     Divergence,
     LlamaScorer,
     Perplexity,
@@ -104,12 +104,12 @@ def test_windows() -> None:
 @pytest.mark.parametrize("name", ["arcee", "arcee-q8", "smallthinker", "smallthinker-q8"])
 def test_natively_sparse_models_agree_with_stock(models: dict[str, str], name: str) -> None:
     result = evaluate(models[f"{name}.sparse"], models[name], TEXT, **FAST)
-    assert result["tokens"] == 256 and set(result["modes"]) == set(MODES)
-    for figures in result["modes"].values():
+    assert result["tokens"] == 256 and set(result["passes"]) == set(PASSES)
+    for figures in result["passes"].values():
         assert figures["mean_kl"] < 1e-4
         assert figures["top1_agreement"] >= 0.995
         assert figures["ppl_sparse"] == pytest.approx(figures["ppl_dense"], rel=1e-3)
-    assert result["mean_kl"] == max(figures["mean_kl"] for figures in result["modes"].values())
+    assert result["mean_kl"] == max(figures["mean_kl"] for figures in result["passes"].values())
     assert 0.03 < result["density"] < 0.3
     assert [layer["layer"] for layer in result["layers"]] == [0, 1]
     assert result["stock_self"]["mean_kl"] < 1e-4
@@ -120,29 +120,29 @@ def test_an_overridden_activation_agrees_with_the_reference(models: dict[str, st
     sparse, dense = models["drelu.sparse"], models["drelu"]
     result = evaluate(sparse, None, TEXT, reference=(dense, "drelu"), **FAST)
     assert result["against"] == "reference" and result["stock_self"] is None
-    for figures in result["modes"].values():
+    for figures in result["passes"].values():
         assert figures["mean_kl"] < 1e-4
         assert figures["top1_agreement"] >= 0.995
-    wrong = evaluate(sparse, dense, TEXT, modes=["prefill"], floor=False, **FAST)  # stock computes SwiGLU
+    wrong = evaluate(sparse, dense, TEXT, passes=["prefill"], floor=False, **FAST)  # stock computes SwiGLU
     assert wrong["mean_kl"] > 1e-2
 
 
 def test_stock_against_itself_is_equal(models: dict[str, str]) -> None:
-    result = evaluate(models["arcee"], models["arcee"], TEXT, modes=["prefill"], **FAST)
+    result = evaluate(models["arcee"], models["arcee"], TEXT, passes=["prefill"], **FAST)
     assert result["mean_kl"] == 0 and result["top1_agreement"] == 1
     assert result["density"] is None and result["layers"] == []
     assert result["stock_prefill_vs_decode"] is not None  # measured although only prefill was asked for
 
 
 def test_the_floor_can_be_left_out(models: dict[str, str]) -> None:
-    result = evaluate(models["arcee.sparse"], models["arcee"], TEXT, modes=["decode"], floor=False, **FAST)
-    assert result["mode"] == "decode" and list(result["modes"]) == ["decode"]
+    result = evaluate(models["arcee.sparse"], models["arcee"], TEXT, passes=["decode"], floor=False, **FAST)
+    assert result["pass"] == "decode" and result["mode"] == "exact" and list(result["passes"]) == ["decode"]
     assert result["stock_self"] is None and result["stock_prefill_vs_decode"] is None
 
 
 def test_windows_fit_the_models_context(models: dict[str, str]) -> None:
     result = evaluate(
-        models["arcee.sparse"], models["arcee"], TEXT, tokens=600, modes=["prefill"], floor=False
+        models["arcee.sparse"], models["arcee"], TEXT, tokens=600, passes=["prefill"], floor=False
     )
     assert result["window"] == 512  # of 4096
 
@@ -153,7 +153,7 @@ def test_progress_counts_tokens(models: dict[str, str]) -> None:
         models["arcee.sparse"],
         models["arcee"],
         TEXT,
-        modes=["prefill"],
+        passes=["prefill"],
         floor=False,
         progress=lambda done, total: seen.append((done, total)),
         **FAST,
@@ -164,7 +164,7 @@ def test_progress_counts_tokens(models: dict[str, str]) -> None:
 def test_prefill_and_decode_give_the_same_logits(models: dict[str, str]) -> None:
     with LlamaScorer(models["arcee.sparse"], window=32, threads=1) as scorer:
         tokens = scorer.tokenize(TEXT)[:32]
-        prefill, decode = (scorer.logits(tokens, mode) for mode in MODES)
+        prefill, decode = (scorer.logits(tokens, mode) for mode in PASSES)
     assert prefill.shape == (32, 512)
     np.testing.assert_allclose(prefill, decode, atol=2e-2)
 
