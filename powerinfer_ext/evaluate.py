@@ -31,6 +31,7 @@ from powerinfer_ext.errors import PowerInferError
 from powerinfer_ext.firing import TOKENS, firing
 from powerinfer_ext.hook import sparse_loading
 from powerinfer_ext.loader import Options
+from powerinfer_ext.placement import Context
 from powerinfer_ext.run import trained_context
 
 PASSES = ("prefill", "decode")
@@ -54,14 +55,26 @@ class LlamaScorer:
     """
 
     def __init__(
-        self, path: str, *, window: int, threads: int, sparse_mode: str = "exact", extra_bufts: bool = True
+        self,
+        path: str,
+        *,
+        window: int,
+        threads: int,
+        sparse_mode: str = "exact",
+        extra_bufts: bool = True,
+        memory: int | str | None = None,
+        io: str = "auto",
+        logits_all: bool = True,
     ) -> None:
+        """window: tokens of the context. memory, io: as for `powerinfer_ext.Llama`. logits_all: will logits of all
+        tokens of a batch be wanted? (A budget has to leave room for them.)"""
         self._stack = contextlib.ExitStack()
         set_verbose(False)  # llama.cpp's log, as llama_cpp.Llama(verbose=False) does
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0
         params.use_extra_bufts = extra_bufts
-        with sparse_loading(Options(sparse_mode)):
+        room = Context(window, window, min(window, 512), logits_all=logits_all)
+        with sparse_loading(Options(sparse_mode, memory, io, room)):
             self.model = self._open(internals.LlamaModel(path_model=path, params=params, verbose=False))
         context = llama_cpp.llama_context_default_params()
         context.n_ctx = context.n_batch = window
