@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import platform
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -255,3 +258,45 @@ def test_unknown_levels_are_refused() -> None:
     assert before.decode() in LEVELS
     assert lib.pi_kernel_force(b"abacus") == -1
     assert ffi.string(lib.pi_kernel_level()) == before
+
+
+# ---- without Python: under sanitizers, and emulated ----------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECK = ["tests/c/kernels_check.c", "cpatch/kernels.c"]
+CHECK += [f"cpatch/kernels_{name}.c" for name in ("portable", "avx2", "avx512", "avx512vnni", "neon")]
+CHECK_FLAGS = ["-std=c11", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-Icpatch"]
+
+
+@pytest.mark.long
+def test_the_kernels_are_clean(tmp_path: Path) -> None:
+    """Rows of exactly their length on the heap, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    _, lib = native()
+    program = str(tmp_path / "check")
+    flags = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    subprocess.run(["cc", *CHECK_FLAGS, *flags, *CHECK, "-lm", "-o", program], cwd=ROOT, check=True)
+    for name in LEVELS:
+        if lib.pi_kernel_force(name.encode()) == 0:
+            lib.pi_kernel_force(native()[0].NULL)
+            done = subprocess.run([program, name], capture_output=True, text=True)
+            assert (done.returncode, done.stderr) == (0, ""), name
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("march", ["armv8-a", "armv8.2-a+dotprod"])
+def test_neon(tmp_path: Path, march: str) -> None:
+    """The kernels of 64-bit ARM, cross-compiled and emulated (natively on such a machine)."""
+    compiler, emulator = ("cc", []) if ARM else (shutil.which("aarch64-linux-gnu-gcc"), [])
+    if not ARM:
+        emulator = [shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")]
+        if compiler is None or emulator == [None]:
+            pytest.skip(
+                "NEON was not tested: needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, "
+                "libc6-dev-arm64-cross, qemu-user-static)"
+            )
+    program = str(tmp_path / "check")
+    command = [compiler, "-static", "-O2", f"-march={march}", *CHECK_FLAGS, *CHECK, "-lm", "-o", program]
+    subprocess.run(command, cwd=ROOT, check=True)
+    for name in ("neon", "portable"):
+        done = subprocess.run([*emulator, program, name], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), name

@@ -1,0 +1,146 @@
+"""How fast the kernels read scattered rows, beside what memory gives: ``python -m bench.kernels [--json]``.
+
+A buffer many times the size of the caches is cut into rows of ``--n`` weights; a pass goes over a new random sorted
+list of them, each thread over its part. Before and after each pass the same threads read a part of the same buffer from
+one end to the other, so that a machine whose bandwidth changes from minute to minute is compared with itself; the
+faster of the two counts. Reported are the medians over the passes; ``fraction`` is the median of the quotients.
+
+Columns of integers (I8) count the rows of scales they touch, once per pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf.quants import quant_shape_to_byte_shape
+
+from powerinfer_ext.loader import native
+
+MIB = 1 << 20
+TYPES = ("Q4_0", "Q8_0", "I8", "F16", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "BF16", "F32")
+LEVELS = ("neon", "portable") if platform.machine() == "aarch64" else ("avx512vnni", "avx512", "avx2", "portable")
+OPS = ("dots", "axpys")
+DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)
+SCALE_ROWS = 32  # rows that share one row of scales
+
+
+class Buffer:
+    """Memory full of random weights: whatever the type, its bytes are small numbers."""
+
+    def __init__(self, size: int, rng: np.random.Generator) -> None:
+        ffi, _ = native()
+        # Bytes below 0x30 make small halves, floats and exponents, wherever the type has them.
+        self.memory = np.resize(rng.integers(0, 0x30, 64 * MIB, np.uint8), size)
+        self.pointer = ffi.from_buffer(self.memory)
+        self.read_at = 0
+
+    def read_rate(self, threads: int, size: int = 96 * MIB) -> float:
+        """Bytes per second of reading the next part of the buffer."""
+        ffi, lib = native()
+        if self.read_at + size > self.memory.nbytes:
+            self.read_at = 0
+        seconds = lib.pi_read_seconds(self.pointer + self.read_at, size, threads)
+        self.read_at += size
+        return size / seconds
+
+
+def measure(
+    buffer: Buffer, rng: np.random.Generator, name: str, op: str, density: float, threads: int, n: int, passes: int
+) -> tuple[float, float, float, int]:
+    """Bytes per second of kernel and of memory, median quotient, and the mean number of rows in a pass."""
+    ffi, lib = native()
+    kind = gguf.GGMLQuantizationType[name]
+    stride = n if name == "I8" else quant_shape_to_byte_shape((n,), kind)[0] if name != "F32" else 4 * n
+    scales = np.full((buffer.memory.nbytes // stride // SCALE_ROWS + 1, n), 0.01, np.float16) if name == "I8" else None
+    x = np.zeros(4 * n + 4096, np.uint8)
+    job = ffi.new("struct pi_kernel_job *")
+    job.op, job.type, job.n, job.stride = OPS.index(op), kind, n, stride
+    job.buffer, job.input = buffer.pointer, ffi.from_buffer(x)
+    job.scales = ffi.from_buffer(scales) if scales is not None else ffi.NULL
+    rates, memory, quotients, counts = [], [], [], []
+    for _ in range(passes):
+        rows = np.flatnonzero(rng.random(buffer.memory.nbytes // stride) < density).astype(np.int32)
+        touched = rows.size * stride
+        if scales is not None:
+            touched += np.unique(rows // SCALE_ROWS).size * n * 2
+        before = buffer.read_rate(threads)
+        seconds = lib.pi_kernel_seconds(job, ffi.from_buffer("int32_t[]", rows), rows.size, threads)
+        if seconds < 0:
+            raise MemoryError("out of memory")
+        rates.append(touched / seconds)
+        memory.append(max(before, buffer.read_rate(threads)))
+        quotients.append(rates[-1] / memory[-1])
+        counts.append(rows.size)
+    return median(rates), median(memory), median(quotients), round(sum(counts) / passes)
+
+
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One record for each combination that this machine has."""
+    ffi, lib = native()
+    rng = np.random.default_rng(0)
+    buffer = Buffer(options.mib * MIB, rng)
+    try:
+        for level in options.isa:
+            if lib.pi_kernel_force(level.encode()) != 0:
+                continue
+            for name in options.type:
+                for op in OPS[name == "I8" :]:
+                    for threads in options.threads:
+                        for density in options.density:
+                            rate, memory, fraction, rows = measure(
+                                buffer, rng, name, op, density, threads, options.n, options.passes
+                            )
+                            yield {
+                                "type": name.lower(),
+                                "isa": level,
+                                "op": op,
+                                "threads": threads,
+                                "density": density,
+                                "rows": rows,
+                                "n": options.n,
+                                "gbps": round(rate / 1e9, 2),
+                                "memory_gbps": round(memory / 1e9, 2),
+                                "fraction": round(fraction, 3),
+                            }
+    finally:
+        lib.pi_kernel_force(ffi.NULL)
+
+
+def main() -> None:
+    cores = len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", action="store_true", help="a list of records instead of a table")
+    parser.add_argument("--type", nargs="+", default=list(TYPES), type=str.upper, choices=TYPES)
+    parser.add_argument("--isa", nargs="+", default=list(LEVELS), choices=LEVELS)
+    parser.add_argument("--density", nargs="+", default=list(DENSITIES), type=float)
+    parser.add_argument("--threads", nargs="+", default=[1, 2] if cores > 1 else [1], type=int)
+    parser.add_argument("--n", default=4096, type=int, help="weights per row, a multiple of 256")
+    parser.add_argument("--mib", default=768, type=int, help="size of the buffer")
+    parser.add_argument("--passes", default=7, type=int, help="of which the median is taken")
+    options = parser.parse_args()
+    if options.n <= 0 or options.n % 256:
+        parser.error(f"--n {options.n}: rows have a multiple of 256 weights")
+    if options.mib < 256:
+        parser.error(f"--mib {options.mib}: at least 256, or the caches are measured")
+    if options.json:
+        print(json.dumps(list(run(options)), indent=1))
+        return
+    print("type   isa         op     threads  density    GB/s  memory  fraction")
+    for r in run(options):
+        print(
+            f"{r['type']:6} {r['isa']:11} {r['op']:6} {r['threads']:7} {r['density']:8.2f} {r['gbps']:7.1f} "
+            f"{r['memory_gbps']:7.1f} {r['fraction']:9.2f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
