@@ -127,9 +127,10 @@ class SparseModel:
                 (rows: in a mixture one per token and routed expert), `seconds`, and `decode`, the same counts for
                 one-token steps alone.
             flash: None when nothing is streamed, else `hit_rate` (share of wanted neurons, experts or tiles that were in
-                memory), `wanted`, `missed`, `read_bytes` (what was really read), `reads`, `wait_seconds` (threads'
-                time spent waiting for it, all threads together), `prefetched`, `prefetch_accuracy` (share of what was
-                read ahead and then used or dropped, that was used), `engine`, `slots_bytes`, `budget`.
+                memory), `wanted`, `missed`, `unit_bytes` (of units that were read), `read_bytes` (what was really read,
+                alignment and gaps included; this and `reads` count from loading on), `reads`, `wait_seconds` (threads'
+                time spent waiting for it, all threads together), `prefetched`, `useful`, `wasted`,
+                `prefetch_accuracy` (share of what was read ahead and then used or dropped, that was used), `engine`, `slots_bytes`, `budget`.
         """
         layers = []
         for position, (index, neurons) in enumerate(self._layers):
@@ -146,7 +147,7 @@ class SparseModel:
 
     def _flash(self) -> dict[str, Any]:
         stats = self._ffi.new("struct pi_flash_stats *")
-        total = dict.fromkeys(("wanted", "missed", "prefetched", "useful", "wasted", "wait_ns"), 0)
+        total = dict.fromkeys(("wanted", "missed", "bytes", "prefetched", "useful", "wasted", "wait_ns"), 0)
         for i in range(len(self.placement.bundles) + len(self.placement.matrices)):
             self._lib.pi_model_flash_stats(self._handle, i, stats)
             for key in total:
@@ -157,10 +158,13 @@ class SparseModel:
             "hit_rate": 1 - total["missed"] / total["wanted"] if total["wanted"] else None,
             "wanted": total["wanted"],
             "missed": total["missed"],
+            "unit_bytes": total["bytes"],
             "read_bytes": stats.read_bytes,
             "reads": stats.reads,
             "wait_seconds": total["wait_ns"] / 1e9,
             "prefetched": total["prefetched"],
+            "useful": total["useful"],
+            "wasted": total["wasted"],
             "prefetch_accuracy": total["useful"] / settled if settled else None,
             "engine": next(name for name, number in IO_ENGINES.items() if number == engine),
             "slots_bytes": self.placement.slots_bytes,
