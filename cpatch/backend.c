@@ -79,17 +79,26 @@ static bool supports_product(const struct ggml_tensor *op) {
     const struct ggml_tensor *w = op->src[0];
     if (w->view_src != NULL || !buffer_is_ours(w->buffer)) return false;
     if (!is_f32_rows(op->src[1]) || !is_f32_rows(op)) return false;
+    if (buffer_weight(w)->role == PI_ROLE_SLAB && buffer_weight(w)->slab->spec.rows) return false;
     if (op->op == ggml.op_mul_mat && (w->ne[2] != 1 || w->ne[3] != 1)) return false;
     if (op->op == ggml.op_mul_mat_id && op->src[2]->type != ABI_TYPE_I32) return false;
     if (op->src[1]->ne[3] != 1) return false;
     return buffer_weight(w)->role != PI_ROLE_PLAIN || ggml.ggml_get_type_traits_cpu(w->type)->vec_dot != NULL;
 }
 
+/* A look-up in a streamed embedding. */
+static bool is_lookup(const struct ggml_tensor *t) {
+    if (t->op != ggml.op_get_rows || !buffer_is_ours(t->src[0]->buffer)) return false;
+    const struct pi_weight *w = buffer_weight(t->src[0]);
+    return w->role == PI_ROLE_SLAB && w->slab->spec.rows && t->src[1]->type == ABI_TYPE_I32 && is_f32_rows(t) &&
+           t->src[1]->nb[0] == sizeof(int32_t) && t->ne[1] == t->src[1]->ne[0] && t->ne[2] == 1 && t->ne[3] == 1;
+}
+
 static bool supports_op(ggml_backend_dev_t dev, const struct ggml_tensor *op) {
     (void)dev;
     if (is_noop(op)) return buffer_is_ours(op->view_src != NULL ? op->view_src->buffer : op->buffer);
     if (is_mul_mat(op)) return supports_product(op);
-    return glu_layer(op) != NULL || ungated_layer(op) != NULL;
+    return is_lookup(op) || glu_layer(op) != NULL || ungated_layer(op) != NULL;
 }
 
 /* ---- executing ------------------------------------------------------------------------------------------------ */
@@ -247,6 +256,14 @@ static int compute_slab(struct backend_context *c, struct ggml_tensor *node, str
     return status_of(slab_product(slab, m.slab, (int)n, c->n_threads, &c->work));
 }
 
+static int compute_lookup(struct backend_context *c, struct ggml_tensor *node) {
+    const int n = (int)node->ne[1];
+    float **out = ffn_scratch_reserve(&c->inputs, (size_t)n * sizeof *out);
+    if (out == NULL) return ABI_STATUS_ALLOC_FAILED;
+    for (int i = 0; i < n; i++) out[i] = row_at(node, i, 0);
+    return status_of(slab_get_rows(buffer_weight(node->src[0])->slab, node->src[1]->data, n, out));
+}
+
 /* The nodes of one layer that are computed at once. */
 struct fused {
     struct ggml_tensor *gate; /* the product with gate, only where a predictor selects */
@@ -386,6 +403,8 @@ static int graph_compute(ggml_backend_t backend, struct ggml_cgraph *graph) {
         const struct pi_weight *w = weight_of(node);
         if (w != NULL) {
             status = compute_product(c, graph, &i, node, w);
+        } else if (is_lookup(node)) {
+            status = compute_lookup(c, node);
         } else if (supports_op(NULL, node)) {
             status = compute_activation(node);
             c->activated = node;

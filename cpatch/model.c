@@ -462,7 +462,7 @@ int pi_model_read(struct pi_model *model, int fd, int n_threads, char *err, size
         if (layer_read(&model->layers[i], fd, n_threads < 1 ? 1 : n_threads, err, err_len) != 0) return -1;
     }
     for (int i = 0; i < model->n_slabs; i++) {
-        if (store_fill(model->slabs[i].store) == 0) continue;
+        if (model->slabs[i].spec.rows || store_fill(model->slabs[i].store) == 0) continue;
         int file;
         uint64_t offset;
         const int code = flash_error(model->flash, &file, &offset);

@@ -66,6 +66,7 @@ struct pi_slab_spec {
     int64_t n_in, n_out;   /* values of a row, rows (of one expert) */
     int64_t n_expert;      /* 0: a dense matrix */
     int64_t tile;          /* rows of a unit of a dense matrix; divides n_out */
+    bool rows;             /* single rows are looked up (an embedding); else it is multiplied with */
     int file;              /* which of the files, */
     int64_t offset;        /* and where in it */
     int64_t n_slots;       /* experts or tiles that may be in memory */

@@ -17,6 +17,7 @@ int slab_init(struct pi_slab *slab, struct pi_model *model, const struct pi_slab
     if (spec->name == NULL || strlen(spec->name) >= ABI_MAX_NAME) field = "name";
     else if (row == 0 || kernel_input_type(spec->type) < 0) field = "type";
     else if (spec->n_out <= 0 || spec->n_out > INT32_MAX || spec->n_expert < 0 || spec->n_expert > 65536) field = "shape";
+    else if (spec->rows && (experts || spec->tile != 1 || !kernel_can_dequantize(spec->type))) field = "kind";
     else if (!experts && (spec->tile <= 0 || spec->n_out % spec->tile != 0)) field = "number of rows in a tile";
     else if (spec->offset < 0 || spec->n_slots < 0 || spec->n_slots > INT32_MAX) field = "number of slots";
     if (field != NULL) {
@@ -32,7 +33,7 @@ int slab_init(struct pi_slab *slab, struct pi_model *model, const struct pi_slab
     slab->weight = (struct pi_weight){PI_ROLE_SLAB, NULL, slab};
     const int64_t units = experts ? spec->n_expert : spec->n_out / spec->tile;
     /* A dense matrix is wanted from end to end every time: then nothing beats keeping a part and streaming the rest. */
-    const bool pin = !experts && spec->n_slots < units;
+    const bool pin = !experts && !spec->rows && spec->n_slots < units;
     const int64_t spare = spec->n_slots > 8 ? 4 : 1;
     const struct store_spec store = {.file = spec->file,
                                      .offset = (uint64_t)spec->offset,
@@ -183,7 +184,7 @@ static void read_ahead(struct pi_slab *slab, const struct product *p) {
     struct pi_model *model = slab->model;
     for (int i = 0; i < model->n_slabs; i++) {
         struct pi_slab *other = &model->slabs[i];
-        if (other == slab || other->group != slab->group || other->passes >= slab->passes) continue;
+        if (other == slab || other->spec.group != slab->spec.group || other->passes >= slab->passes) continue;
         const int room = (int)(other->store->spec.n_slots / 2);
         for (int t = 0; t < p->n_tasks && t < room; t++) {
             if (store_want(other->store, &p->tasks[t].unit, 1, true) == 0) break;
@@ -212,6 +213,30 @@ enum ffn_result slab_product(struct pi_slab *slab, struct slab_row *rows, int n_
     run_thread(&p);
     pthread_mutex_unlock(&slab->model->evaluating);
     return atomic_load(&p.failed) || flash_stale(slab->store->flash) ? FFN_READ_FAILED : FFN_OK;
+}
+
+enum ffn_result slab_get_rows(struct pi_slab *slab, const int32_t *ids, int n, float *const *out) {
+    struct store *store = slab->store;
+    enum ffn_result result = FFN_OK;
+    for (int i = 0; i < n; i++) {
+        if (ids[i] < 0 || ids[i] >= slab->spec.n_out) return FFN_READ_FAILED;
+    }
+    pthread_mutex_lock(&slab->model->evaluating);
+    for (int i = 0, end; i < n && result == FFN_OK; i = end) {
+        store_begin(store);
+        for (;;) { /* as many as there are slots for, at least one */
+            end = i + store_want(store, ids + i, n - i, false);
+            store_flush(store);
+            if (end > i) break;
+            if (!flash_progress(store->flash, true)) store_begin(store);
+        }
+        for (int k = i; k < end && result == FFN_OK; k++) {
+            if (store_wait(store, (uint32_t)ids[k]) != 0) result = FFN_READ_FAILED;
+            else kernel_dequantize(slab->spec.type, slab->spec.n_in, store_unit(store, (uint32_t)ids[k]), out[k]);
+        }
+    }
+    pthread_mutex_unlock(&slab->model->evaluating);
+    return result;
 }
 
 enum ffn_result slab_copy(struct pi_slab *slab, uint8_t *dst) {

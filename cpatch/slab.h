@@ -19,7 +19,6 @@ struct pi_slab {
     size_t row_size;      /* bytes of one row of n_in values */
     int64_t unit_rows;    /* rows of a unit */
     struct store *store;
-    int group;            /* slabs with the same number share their routing */
     uint64_t passes;      /* how many nodes were computed with it: tells which of a group are still to come */
     struct pi_weight weight;
 };
@@ -37,6 +36,9 @@ struct slab_row {
 /* Computes the rows, which are reordered. They must not lie in scratch. */
 enum ffn_result slab_product(struct pi_slab *slab, struct slab_row *rows, int n_rows, int n_threads,
                              struct ffn_scratch *scratch);
+
+/* out[i] = row ids[i] as floats, i < n: an embedding. */
+enum ffn_result slab_get_rows(struct pi_slab *slab, const int32_t *ids, int n, float *const *out);
 
 /* Copies the whole matrix, row by row as in the file, reading what is not in memory. */
 enum ffn_result slab_copy(struct pi_slab *slab, uint8_t *dst);

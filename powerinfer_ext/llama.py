@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from typing import Any
 
 import llama_cpp
 
+from gguf_tools.virtual import ModelFiles
 from powerinfer_ext.errors import PowerInferError
 from powerinfer_ext.hook import sparse_loading
 from powerinfer_ext.loader import Options
-from powerinfer_ext.placement import Context
+from powerinfer_ext.placement import Context, choose_ubatch
 
 
 class Llama(llama_cpp.Llama):
@@ -46,6 +48,12 @@ class Llama(llama_cpp.Llama):
         self._stack = contextlib.ExitStack()  # what close() needs, should the next lines raise
         options = Options(sparse_mode, memory, io, _context(kwargs))
         self.sparse_mode, self.memory, self.io = sparse_mode, memory, io
+        if memory is not None and "n_ubatch" not in kwargs:
+            with ModelFiles.open(model_path) as files:
+                smaller = choose_ubatch(files, memory, options.context)
+            if smaller is not None:
+                kwargs["n_ubatch"] = smaller
+                options = replace(options, context=replace(options.context, n_ubatch=smaller))
         with sparse_loading(options):
             super().__init__(os.fspath(model_path), **kwargs)
         if self.lora_path and not self._lora_adapter:  # a null pointer: llama-cpp-python takes it for success

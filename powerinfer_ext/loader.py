@@ -300,6 +300,7 @@ def _open_model(
         spec.name, spec.group, spec.type = kept[-1], matrix.group, matrix.source.type
         spec.n_in, spec.n_out = matrix.source.shape[:2]
         spec.n_expert, spec.tile, spec.n_slots = matrix.n_expert, matrix.tile, matrix.slots
+        spec.rows = matrix.rows
         spec.file, spec.offset = matrix.source.file, matrix.source.offset
     flash = ffi.new("struct pi_flash_spec *", {"engine": IO_ENGINES[options.io], "depth": DEPTH, "gap": GAP, "run": RUN})
     return lib.pi_model_open(

@@ -32,6 +32,8 @@ GAP = 16 << 10  # bytes that are cheaper to read through than to start another r
 RUN = 64 << 10  # longest read of several neurons
 STREAM_ROWS = 256  # rows computed together when bundles are streamed (cpatch/ffn.c)
 _LEAST_NEURONS = 64  # slots of a layer
+_ROWS = 1024  # slots of a streamed embedding
+_UBATCHES = (512, 256, 128, 64)
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,22 @@ class Context:
     kv_bytes: float = 2.0  # of one value, mean of K and V
     logits_all: bool = False
 
+    @property
+    def rows(self) -> int:
+        """Tokens that are computed together at most."""
+        return max(1, min(self.n_ubatch, self.n_batch, self.n_ctx or self.n_batch))
+
 
 @dataclass(frozen=True)
 class Matrix:
-    """A tensor that is streamed in stock's layout. tile: rows of a unit, 0 where units are experts."""
+    """A tensor that is streamed in stock's layout. tile: rows of a unit, 0 where units are experts. rows: single rows
+    are looked up, as in an embedding; else it is multiplied with."""
 
     source: Source
     group: int
     tile: int
     slots: int
+    rows: bool = False
 
     @property
     def n_expert(self) -> int:
@@ -148,17 +157,46 @@ def place(model: ModelFiles, memory: int | str | None, context: Context) -> Plac
         budget = int(available * 0.95) + parts["process"]
     elif resident <= budget:
         return replace(everything, budget=budget, parts=parts, slots_bytes=bundled)
-    return _stream(model, everything, stock, parts, budget)
+    return _stream(model, everything, stock, parts, budget, context)
+
+
+def choose_ubatch(model: ModelFiles, memory: int | str | None, context: Context) -> int | None:
+    """A smaller `n_ubatch` than the context's, where its buffers would take much of a budget; None: leave it."""
+    best = None
+    for n in _UBATCHES:
+        try:
+            placement = place(model, memory, replace(context, n_ubatch=min(n, context.n_ubatch)))
+        except PowerInferError:
+            continue
+        if not placement.streams:
+            return best
+        best = n if n < context.n_ubatch else None
+        buffers = placement.parts["compute"] + placement.parts["streaming"] - DEPTH * RUN
+        if buffers <= 0.1 * placement.slots_bytes:
+            break
+    return best
 
 
 def _stream(
-    model: ModelFiles, everything: Placement, stock: list[Matrix], parts: dict[str, int], budget: int
+    model: ModelFiles,
+    everything: Placement,
+    stock: list[Matrix],
+    parts: dict[str, int],
+    budget: int,
+    context: Context,
 ) -> Placement:
     sources = {tensor.name: tensor for tensor in model.tensors()}
     deciders = _decider_matrices(everything.bundles, sources)
-    staging = DEPTH * (RUN + 8192) + (2 << 20)
-    rows = [4 * (2 * b.layer.n_embd + 4 * b.layer.n_ff) * STREAM_ROWS for b in everything.bundles]
-    parts = {**parts, "streaming": staging + max(rows, default=0)}
+    staging = DEPTH * (RUN + 8192)
+    # cpatch/ffn.c: per row two accumulators, rounded activations, what is wanted and a list
+    work = [
+        (8 * b.layer.n_embd + 9 * b.layer.n_ff) * (STREAM_ROWS if b.layer.n_expert else min(STREAM_ROWS, context.rows))
+        for b in everything.bundles
+    ]
+    parts = {**parts, "streaming": staging + max(work, default=0)}
+    embedding = _embedding(sources)
+    rows = [embedding] if embedding is not None else []
+    parts["weights"] -= sum(matrix.source.nbytes - matrix.slots * _slot(matrix.unit_bytes) for matrix in rows)
     if not stock and not everything.bundles:
         raise PowerInferError(
             f"{model.path}: a budget of {_shown(budget)} is too small, and this model has no FFN that could be streamed; "
@@ -176,7 +214,7 @@ def _stream(
         if room < slots or (room < wanted and deciders):
             continue
         bundles, matrices, used = _fill(everything.bundles, matrices, room)
-        return Placement(budget, bundles, matrices, fixed, used, least)
+        return Placement(budget, bundles, [*matrices, *rows], fixed, used, least)
     taken = ", ".join(f"{name} {_shown(size)}" for name, size in choices[-1][1].items())
     raise PowerInferError(
         f"{model.path}: a budget of {_shown(budget)} is too small; the least that works is {_shown(least)} ({taken}). A "
@@ -209,6 +247,14 @@ def _decider_matrices(bundles: list[Bundles], sources: Mapping[str, Source]) -> 
         source = sources[layer.decider_name]
         matrices.append(Matrix(source, layer.index, 0 if layer.n_expert else _tile(source), 1))
     return matrices
+
+
+def _embedding(sources: Mapping[str, Source]) -> Matrix | None:
+    """The embedding, of which a token needs one row; not where it is the output matrix too."""
+    source = sources.get("token_embd.weight")
+    if source is None or "output.weight" not in sources or source.file < 0:
+        return None
+    return Matrix(source, -1, 1, min(_ROWS, source.shape[1]), rows=True)
 
 
 def _tile(source: Source) -> int:
@@ -265,11 +311,12 @@ def _fixed_parts(model: ModelFiles, context: Context) -> dict[str, int]:
     values = number("attention.value_length", head)
     n_ctx = context.n_ctx or number("context_length", 512)
     kv = int(number("block_count") * n_ctx * number("attention.head_count_kv", n_head) * (head + values) * context.kv_bytes)
-    rows = max(1, min(context.n_ubatch, context.n_batch, n_ctx))
+    rows = context.rows
     n_ff = max(number("feed_forward_length"), number("expert_feed_forward_length") * number("expert_used_count"))
     vocabulary = next((t.shape[1] for t in model.tensors() if t.name == "token_embd.weight"), 0)
     outputs = rows if context.logits_all else 1
-    compute = 4 * rows * (6 * n_embd + 4 * n_ff + n_head * min(n_ctx, 4096)) + 8 * outputs * vocabulary
+    # The widest moments of a layer: FFN (gate, up, and what flows past), attention (scores, q, k, v, output).
+    compute = 4 * rows * max(2 * n_ff + 5 * n_embd, n_head * n_ctx + 6 * n_embd) + 8 * outputs * vocabulary
     streamable = {m.source.name for m in _stock_matrices(model.tensors())} if model.sparse is None else set()
     kept = sum(t.nbytes for t in model.tensors() if t.file >= 0 and t.name not in streamable)
     extra = 0
