@@ -130,7 +130,8 @@ class SparseModel:
                 memory), `wanted`, `missed`, `unit_bytes` (of units that were read), `read_bytes` (what was really read,
                 alignment and gaps included; this and `reads` count from loading on), `reads`, `wait_seconds` (threads'
                 time spent waiting for it, all threads together), `prefetched`, `useful`, `wasted`,
-                `prefetch_accuracy` (share of what was read ahead and then used or dropped, that was used), `engine`, `slots_bytes`, `budget`.
+                `prefetch_accuracy` (share of what was read ahead and then used or dropped, that was used), `engine`,
+                `slots_bytes`, `budget`.
         """
         layers = []
         for position, (index, neurons) in enumerate(self._layers):

@@ -22,7 +22,7 @@ from gguf_tools.reader import row_bytes
 from gguf_tools.sparse import SparseLayer
 from gguf_tools.virtual import ModelFiles, Source
 from powerinfer_ext import machine
-from powerinfer_ext.errors import PowerInferError
+from powerinfer_ext.errors import BudgetError, PowerInferError
 
 EXPERTS = re.compile(r"blk\.([0-9]+)\..*_exps\.weight")
 DENSE_FFN = re.compile(r"blk\.([0-9]+)\.ffn_(gate|up|down)\.weight")
@@ -198,9 +198,10 @@ def _stream(
     rows = [embedding] if embedding is not None else []
     parts["weights"] -= sum(matrix.source.nbytes - matrix.slots * _slot(matrix.unit_bytes) for matrix in rows)
     if not stock and not everything.bundles:
-        raise PowerInferError(
+        raise BudgetError(
             f"{model.path}: a budget of {_shown(budget)} is too small, and this model has no FFN that could be streamed; "
-            f"it takes {_shown(sum(parts.values()))}"
+            f"it takes {_shown(sum(parts.values()))}",
+            sum(parts.values()),
         )
     bundled = sum(b.units * b.unit_bytes for b in everything.bundles)
     choices = [(stock, parts, bundled // 10)]  # matrices, what else is kept, slots that there should be at least
@@ -216,9 +217,10 @@ def _stream(
         bundles, matrices, used = _fill(everything.bundles, matrices, room)
         return Placement(budget, bundles, [*matrices, *rows], fixed, used, least)
     taken = ", ".join(f"{name} {_shown(size)}" for name, size in choices[-1][1].items())
-    raise PowerInferError(
+    raise BudgetError(
         f"{model.path}: a budget of {_shown(budget)} is too small; the least that works is {_shown(least)} ({taken}). A "
-        "shorter context (n_ctx) or a smaller n_batch takes less"
+        "shorter context (n_ctx) or a smaller n_batch takes less",
+        least,
     )
 
 
