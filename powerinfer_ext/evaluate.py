@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import llama_cpp
@@ -27,11 +27,12 @@ from rich.table import Table
 
 from gguf_tools.reader import GGUFFile
 from gguf_tools.sparse import K_VERSION, SparseGGUF
+from gguf_tools.virtual import ModelFiles
 from powerinfer_ext.errors import PowerInferError
 from powerinfer_ext.firing import TOKENS, firing
 from powerinfer_ext.hook import sparse_loading
 from powerinfer_ext.loader import Options
-from powerinfer_ext.placement import Context
+from powerinfer_ext.placement import Context, choose_ubatch
 from powerinfer_ext.run import trained_context
 
 PASSES = ("prefill", "decode")
@@ -60,25 +61,29 @@ class LlamaScorer:
         *,
         window: int,
         threads: int,
-        sparse_mode: str = "exact",
+        sparse_mode: str | None = "exact",
         extra_bufts: bool = True,
         memory: int | str | None = None,
         io: str = "auto",
         logits_all: bool = True,
     ) -> None:
-        """window: tokens of the context. memory, io: as for `powerinfer_ext.Llama`. logits_all: will logits of all
-        tokens of a batch be wanted? (A budget has to leave room for them.)"""
+        """window: tokens of the context. sparse_mode: None for stock as it is, without our loader. memory, io: as for
+        `powerinfer_ext.Llama`. logits_all: will logits of all tokens of a batch be wanted? (A budget has to leave room
+        for them.)"""
         self._stack = contextlib.ExitStack()
         set_verbose(False)  # llama.cpp's log, as llama_cpp.Llama(verbose=False) does
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0
         params.use_extra_bufts = extra_bufts
         room = Context(window, window, min(window, 512), logits_all=logits_all)
-        with sparse_loading(Options(sparse_mode, memory, io, room)):
+        if sparse_mode is not None and memory is not None:
+            with ModelFiles.open(path) as files:
+                room = replace(room, n_ubatch=choose_ubatch(files, memory, room) or room.n_ubatch)
+        with sparse_loading(Options(sparse_mode, memory, io, room)) if sparse_mode else contextlib.nullcontext():
             self.model = self._open(internals.LlamaModel(path_model=path, params=params, verbose=False))
         context = llama_cpp.llama_context_default_params()
         context.n_ctx = context.n_batch = window
-        context.n_ubatch = min(window, 512)
+        context.n_ubatch = room.n_ubatch
         context.n_threads = context.n_threads_batch = threads
         context.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
