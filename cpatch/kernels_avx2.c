@@ -110,7 +110,9 @@ PRIMITIVE void bytes_to_floats(v16 q, vf *out) {
     out[0] = to_float(_mm256_cvtepi8_epi32(q));
     out[1] = to_float(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(q, q)));
 }
-PRIMITIVE nibble_table make_table(float scale, float minimum) { return (nibble_table){same_f(scale), same_f(minimum)}; }
+PRIMITIVE nibble_table low_table(float scale, float minimum) { return (nibble_table){same_f(scale), same_f(minimum)}; }
+#define high_table low_table
+#define HIGH_NIBBLE 1.0f
 PRIMITIVE void nibbles_minus_8(const uint8_t *p, vf *lo, vf *hi) {
     const v16 q = load_16(p), eight = _mm_set1_epi8(8);
     bytes_to_floats(_mm_sub_epi8(low_nibbles_16(q), eight), lo);

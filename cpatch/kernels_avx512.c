@@ -26,7 +26,7 @@
 typedef __m512i vb, vi;
 typedef __m512 vf;
 typedef __m512i factors;
-typedef struct { float scale, minimum; } nibble_table;
+typedef struct { __m512 scale_or_values, minimum; } nibble_table;
 #include "kernels_x86.h"
 
 /* 8 halves, stride bytes apart, times factor, out of 128 bytes at a time. */
@@ -132,13 +132,16 @@ PRIMITIVE void nibbles_minus_8(const uint8_t *p, vf *lo, vf *hi) {
     lo[0] = _mm512_permutexvar_ps(q, values);
     hi[0] = to_float(_mm512_srai_epi32(q, 4));
 }
-PRIMITIVE nibble_table make_table(float scale, float minimum) { return (nibble_table){scale, minimum}; }
+#define HIGH_NIBBLE 0.0625f
+PRIMITIVE nibble_table low_table(float scale, float minimum) {
+    const vf values = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return (nibble_table){fma_f(same_f(scale), values, same_f(minimum)), zero_f()};
+}
+PRIMITIVE nibble_table high_table(float scale, float minimum) { return (nibble_table){same_f(scale), same_f(minimum)}; }
 PRIMITIVE void nibbles_to_floats(const uint8_t *p, nibble_table low, nibble_table high, vf *lo, vf *hi) {
     const __m512i q = _mm512_cvtepu8_epi32(load_16(p));
-    const vf values = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    lo[0] = _mm512_permutexvar_ps(q, fma_f(same_f(low.scale), values, same_f(low.minimum)));
-    const vf high_16 = to_float(_mm512_and_si512(q, _mm512_set1_epi32(0xf0)));
-    hi[0] = fma_f(same_f(high.scale * 0.0625f), high_16, same_f(high.minimum));
+    lo[0] = _mm512_permutexvar_ps(q, low.scale_or_values);
+    hi[0] = fma_f(high.scale_or_values, to_float(_mm512_and_si512(q, _mm512_set1_epi32(0xf0))), high.minimum);
 }
 
 #include "kernels_template.h"

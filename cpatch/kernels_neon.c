@@ -106,11 +106,12 @@ PRIMITIVE vi dot_16(v16 a, const uint8_t *sums) {
 }
 PRIMITIVE vi minus_32_times(vi a, vi b) { return vmlsq_n_s32(a, b, 32); }
 
-/* out[0..8) = d * each signed byte. */
-PRIMITIVE void scale_bytes(uint64_t bytes, float d, float *out) {
+/* out[0..8) = each signed byte times even or odd, by its position. */
+PRIMITIVE void scale_bytes(uint64_t bytes, float even, float odd, float *out) {
     const int16x8_t wide = vmovl_s8(vcreate_s8(bytes));
-    vst1q_f32(out, vmulq_n_f32(to_float(vmovl_s16(vget_low_s16(wide))), d));
-    vst1q_f32(out + 4, vmulq_n_f32(to_float(vmovl_high_s16(wide)), d));
+    const vf d = {even, odd, even, odd};
+    vst1q_f32(out, vmulq_f32(to_float(vmovl_s16(vget_low_s16(wide))), d));
+    vst1q_f32(out + 4, vmulq_f32(to_float(vmovl_high_s16(wide)), d));
 }
 PRIMITIVE void bytes_to_floats(v16 q, vf *out) {
     const int16x8_t low = vmovl_s8(vget_low_s8(vreinterpretq_s8_u8(q))), high = vmovl_high_s8(vreinterpretq_s8_u8(q));
@@ -119,7 +120,9 @@ PRIMITIVE void bytes_to_floats(v16 q, vf *out) {
     out[2] = to_float(vmovl_s16(vget_low_s16(high)));
     out[3] = to_float(vmovl_high_s16(high));
 }
-PRIMITIVE nibble_table make_table(float scale, float minimum) { return (nibble_table){scale, minimum}; }
+PRIMITIVE nibble_table low_table(float scale, float minimum) { return (nibble_table){scale, minimum}; }
+#define high_table low_table
+#define HIGH_NIBBLE 1.0f
 PRIMITIVE void nibbles_minus_8(const uint8_t *p, vf *lo, vf *hi) {
     const v16 q = load_16(p), eight = vdupq_n_u8(8);
     bytes_to_floats(vsubq_u8(low_nibbles_16(q), eight), lo);

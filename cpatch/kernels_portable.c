@@ -36,7 +36,9 @@ PRIMITIVE float half(const uint8_t *p) {
 }
 PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float factor, float *out) { EACH(8) out[i] = half(p + (size_t)i * stride) * factor; }
 
-PRIMITIVE void scale_bytes(uint64_t bytes, float d, float *out) { EACH(8) out[i] = d * (float)(int8_t)(bytes >> 8 * i); }
+PRIMITIVE void scale_bytes(uint64_t bytes, float even, float odd, float *out) {
+    EACH(8) out[i] = (i % 2 ? odd : even) * (float)(int8_t)(bytes >> 8 * i);
+}
 
 PRIMITIVE vf zero_f(void) { return (vf){{0}}; }
 PRIMITIVE vf same_f(float a) { return (vf){{a, a, a, a}}; }
@@ -99,7 +101,9 @@ PRIMITIVE vi dot_16(v16 a, const uint8_t *sums) {
 PRIMITIVE vi minus_32_times(vi a, vi b) { EACH(4) a.i[i] -= 32 * b.i[i]; return a; }
 
 PRIMITIVE void bytes_to_floats(v16 q, vf *out) { EACH(16) out[i / 4].f[i % 4] = (float)(int8_t)q.b[i]; }
-PRIMITIVE nibble_table make_table(float scale, float minimum) { return (nibble_table){scale, minimum}; }
+PRIMITIVE nibble_table low_table(float scale, float minimum) { return (nibble_table){scale, minimum}; }
+#define high_table low_table
+#define HIGH_NIBBLE 1.0f
 PRIMITIVE void nibbles_minus_8(const uint8_t *p, vf *lo, vf *hi) {
     EACH(16) lo[i / 4].f[i % 4] = (float)((p[i] & 15) - 8);
     EACH(16) hi[i / 4].f[i % 4] = (float)((p[i] >> 4) - 8);

@@ -17,11 +17,12 @@
 
 #include <string.h>
 
-enum { CHUNK = 16, /* blocks of 32 values between prefetches; their scales are converted together */
+enum { CHUNK = 8, /* blocks of 32 values between prefetches; their scales are converted together */
        Q4_0_SIZE = 18, Q8_0_SIZE = 34, MXFP4_SIZE = 17, Q4_K_SIZE = 144, Q5_K_SIZE = 176, Q6_K_SIZE = 210,
        Q8_K_SIZE = 292, HALF_VECTORS = 16 / WIDTH, BLOCK_VECTORS = 32 / WIDTH };
 
 #define INLINE static inline __attribute__((always_inline))
+#define NO_UNROLL _Pragma("GCC unroll 1")
 #ifndef UNROLL
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
@@ -40,14 +41,14 @@ INLINE size_t block_size(int type) {
 INLINE void fetch_next(const uint8_t *const *rows, int count, int left, size_t at, size_t bytes) {
     UNROLL for (int r = 0; r < count; r++) {
         if (r + count >= left) return;
-        for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows[r + count] + at + i, 0, 2);
+        NO_UNROLL for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows[r + count] + at + i, 0, 2);
     }
 }
 
 /* The scales of count <= CHUNK blocks, as floats, times factor. */
 INLINE void block_scales(int type, const uint8_t *blocks, int count, float factor, float *out) {
     if (type == K_MXFP4) {
-        for (int b = 0; b < count; b++) { /* a power of two, halved: the values are doubled */
+        NO_UNROLL for (int b = 0; b < count; b++) { /* a power of two, halved: the values are doubled */
             const uint32_t e = blocks[b * MXFP4_SIZE];
             const uint32_t bits = e < 2 ? 0x00200000u << e : (e - 1) << 23;
             float d;
@@ -57,9 +58,8 @@ INLINE void block_scales(int type, const uint8_t *blocks, int count, float facto
         return;
     }
     const size_t size = block_size(type);
-    int b = 0;
-    for (; b + 8 <= count; b += 8) halves_8(blocks + (size_t)b * size, size, factor, out + b);
-    for (; b < count; b++) out[b] = half(blocks + (size_t)b * size) * factor;
+    if (count == CHUNK) halves_8(blocks, size, factor, out);
+    else NO_UNROLL for (int b = 0; b < count; b++) out[b] = half(blocks + (size_t)b * size) * factor;
 }
 
 /* ---- dot products: 32 values per block ---------------------------------------------------------------------- */
@@ -91,58 +91,53 @@ INLINE vi block_dot(int type, vi sum, vb w, vb x) {
     return type == K_Q8_0 ? dot_signed(sum, w, x) : dot(sum, w, x);
 }
 
-/* acc[r * X + i] += the partial sums of LANES blocks of rows r and inputs i. */
-INLINE void dots_step(int type, const uint8_t *const w[], int R, const float *dw, const uint8_t *const x[], int X,
-                      const float *dx, vf *acc) {
-    vb x_lo[ROWS], x_hi[ROWS];
-    vi start[ROWS];
+/* acc[r * X + i] += the partial sums of a chunk of rows r and inputs i. */
+INLINE void dots_chunk(int type, const uint8_t *const w[], int R, const uint8_t *const x[], int X, vf *acc) {
+    const size_t size = block_size(type);
     const int bias = block_bias(type);
-    UNROLL for (int i = 0; i < X; i++) {
-        x_lo[i] = lanes(x[i] + 2, Q8_0_SIZE);
-        x_hi[i] = lanes(x[i] + 18, Q8_0_SIZE);
-        start[i] = zero_i();
-        if (bias != 0) start[i] = negate(dot(dot(zero_i(), same_bytes(bias), x_lo[i]), same_bytes(bias), x_hi[i]));
-    }
-    UNROLL for (int r = 0; r < R; r++) {
-        vb lo, hi;
-        block_values(type, w[r], &lo, &hi);
+    float dw[ROWS][CHUNK], dx[ROWS][CHUNK];
+    UNROLL for (int r = 0; r < R; r++) block_scales(type, w[r], CHUNK, 1.0f, dw[r]);
+    UNROLL for (int i = 0; i < X; i++) block_scales(K_Q8_0, x[i], CHUNK, 1.0f, dx[i]);
+    UNROLL for (int b = 0; b < CHUNK; b += LANES) {
+        vb x_lo[ROWS], x_hi[ROWS];
+        vi start[ROWS];
         UNROLL for (int i = 0; i < X; i++) {
-            const vi sum = block_dot(type, block_dot(type, start[i], lo, x_lo[i]), hi, x_hi[i]);
-            acc[r * X + i] = fma_f(to_float(sum), lane_scales(dw + r * CHUNK, dx + i * CHUNK), acc[r * X + i]);
+            x_lo[i] = lanes(x[i] + b * Q8_0_SIZE + 2, Q8_0_SIZE);
+            x_hi[i] = lanes(x[i] + b * Q8_0_SIZE + 18, Q8_0_SIZE);
+            start[i] = zero_i();
+            if (bias != 0) start[i] = negate(dot(dot(zero_i(), same_bytes(bias), x_lo[i]), same_bytes(bias), x_hi[i]));
+        }
+        UNROLL for (int r = 0; r < R; r++) {
+            vb lo, hi;
+            block_values(type, w[r] + (size_t)b * size, &lo, &hi);
+            UNROLL for (int i = 0; i < X; i++) {
+                const vi sum = block_dot(type, block_dot(type, start[i], lo, x_lo[i]), hi, x_hi[i]);
+                acc[r * X + i] = fma_f(to_float(sum), lane_scales(dw[r] + b, dx[i] + b), acc[r * X + i]);
+            }
         }
     }
-}
-
-/* The last blocks, fewer than LANES: the same with zeros behind them. */
-INLINE void dots_tail(int type, int count, const uint8_t *const w[], int R, const float *dw, const uint8_t *const x[],
-                      int X, const float *dx, vf *acc) {
-    uint8_t blocks[ROWS][LANES * Q8_0_SIZE] = {{0}}, inputs[ROWS][LANES * Q8_0_SIZE] = {{0}};
-    const uint8_t *w_padded[ROWS], *x_padded[ROWS];
-    for (int r = 0; r < R; r++) w_padded[r] = memcpy(blocks[r], w[r], (size_t)count * block_size(type));
-    for (int i = 0; i < X; i++) x_padded[i] = memcpy(inputs[i], x[i], (size_t)count * Q8_0_SIZE);
-    dots_step(type, w_padded, R, dw, x_padded, X, dx, acc);
 }
 
 /* out[r * X + i]: R rows with X inputs; left: rows from w[0] on. */
 INLINE void dots_blocks(int type, int64_t n, const uint8_t *const *w, int R, int left, const uint8_t *const *x, int X,
                         float *out) {
-    const size_t size = block_size(type);
-    const int blocks = (int)(n / 32);
+    const size_t size = block_size(type), blocks = (size_t)n / 32, rest = blocks % CHUNK;
+    uint8_t w_rest[ROWS][CHUNK * Q8_0_SIZE], x_rest[ROWS][CHUNK * Q8_0_SIZE];
+    const uint8_t *w_at[ROWS], *x_at[ROWS];
     vf acc[ROWS];
     UNROLL for (int i = 0; i < R * X; i++) acc[i] = zero_f();
-    for (int b0 = 0; b0 < blocks; b0 += CHUNK) {
-        const int count = blocks - b0 < CHUNK ? blocks - b0 : CHUNK;
-        float dw[ROWS * CHUNK] = {0}, dx[ROWS * CHUNK] = {0};
-        fetch_next(w, R, left, (size_t)b0 * size, (size_t)count * size);
-        UNROLL for (int r = 0; r < R; r++) block_scales(type, w[r] + (size_t)b0 * size, count, 1.0f, dw + r * CHUNK);
-        UNROLL for (int i = 0; i < X; i++) block_scales(K_Q8_0, x[i] + (size_t)b0 * Q8_0_SIZE, count, 1.0f, dx + i * CHUNK);
-        for (int b = 0; b < count; b += LANES) {
-            const uint8_t *w_at[ROWS], *x_at[ROWS];
-            UNROLL for (int r = 0; r < R; r++) w_at[r] = w[r] + (size_t)(b0 + b) * size;
-            UNROLL for (int i = 0; i < X; i++) x_at[i] = x[i] + (size_t)(b0 + b) * Q8_0_SIZE;
-            if (count - b >= LANES) dots_step(type, w_at, R, dw + b, x_at, X, dx + b, acc);
-            else dots_tail(type, count - b, w_at, R, dw + b, x_at, X, dx + b, acc);
+    for (size_t b = 0; b < blocks; b += CHUNK) {
+        UNROLL for (int r = 0; r < R; r++) w_at[r] = w[r] + b * size;
+        UNROLL for (int i = 0; i < X; i++) x_at[i] = x[i] + b * Q8_0_SIZE;
+        if (b + CHUNK > blocks) { /* the last blocks, with zeros behind them */
+            memset(w_rest, 0, sizeof w_rest);
+            memset(x_rest, 0, sizeof x_rest);
+            for (int r = 0; r < R; r++) w_at[r] = memcpy(w_rest[r], w_at[r], rest * size);
+            for (int i = 0; i < X; i++) x_at[i] = memcpy(x_rest[i], x_at[i], rest * Q8_0_SIZE);
+        } else {
+            fetch_next(w, R, left, b * size, CHUNK * size);
         }
+        dots_chunk(type, w_at, R, x_at, X, acc);
     }
     UNROLL for (int i = 0; i < R * X; i++) out[i] = sum_f(acc[i]);
 }
@@ -292,15 +287,16 @@ INLINE void dots_some(int type, int64_t n, const uint8_t *const *w, int R, int l
 
 INLINE void dots_list(int type, int64_t n, const uint8_t *const *rows, int n_rows, const uint8_t *const *xs, int n_xs,
                       float *out) {
-    if (n_xs == 1) {
-        int k = 0;
-        for (; k + ROWS <= n_rows; k += ROWS) dots_some(type, n, rows + k, ROWS, n_rows - k, xs, 1, out + k);
-        for (; k < n_rows; k++) dots_some(type, n, rows + k, 1, n_rows - k, xs, 1, out + k);
-        return;
+    const int one_input = n_xs == 1, count = one_input ? n_rows : n_xs;
+    int k = 0;
+    if (one_input) {
+        for (; k + ROWS <= count; k += ROWS) dots_some(type, n, rows + k, ROWS, count - k, xs, 1, out + k);
+    } else {
+        for (; k + ROWS <= count; k += ROWS) dots_some(type, n, rows, 1, 1, xs + k, ROWS, out + k);
     }
-    int i = 0;
-    for (; i + ROWS <= n_xs; i += ROWS) dots_some(type, n, rows, 1, 1, xs + i, ROWS, out + i);
-    for (; i < n_xs; i++) dots_some(type, n, rows, 1, 1, xs + i, 1, out + i);
+    for (; k < count; k++) {
+        dots_some(type, n, one_input ? rows + k : rows, 1, one_input ? count - k : 1, one_input ? xs : xs + k, 1, out + k);
+    }
 }
 
 static bool dots(int type, int64_t n, const uint8_t *const *rows, int n_rows, const uint8_t *const *xs, int n_xs,
@@ -391,21 +387,23 @@ INLINE void outputs_blocks(int type, int64_t n, const uint8_t *col, const float 
     }
 }
 
-/* The scale and the minimum of each 16 values of a K-block, as floats: values are scale * q + minimum. */
+/* The scale and the minimum of each 16 values of a K-block, as floats: values are scale * q + minimum.
+ * Q4_K: the odd ones belong to high nibbles, which may come multiplied by 1 / HIGH_NIBBLE. */
 INLINE void k_scale_floats(int type, const uint8_t *block, float *scale, float *minimum) {
     uint64_t scales, minima;
     if (type == K_Q6_K) {
         const float d = half(block + 208);
         for (int g = 0; g < 16; g += 8) {
             memcpy(&scales, block + 192 + g, 8);
-            scale_bytes(scales, d, scale + g);
-            scale_bytes(scales, -32.0f * d, minimum + g);
+            scale_bytes(scales, d, d, scale + g);
+            scale_bytes(scales, -32.0f * d, -32.0f * d, minimum + g);
         }
         return;
     }
     unpack_scales(block + 4, &scales, &minima);
-    scale_bytes(scales, half(block), scale);
-    scale_bytes(minima, -half(block + 2), minimum);
+    const float d = half(block), d_min = -half(block + 2);
+    scale_bytes(scales, d, type == K_Q4_K ? d * HIGH_NIBBLE : d, scale);
+    scale_bytes(minima, d_min, d_min, minimum);
 }
 
 /* The j-th 32 values of a K-block. */
@@ -432,20 +430,22 @@ INLINE void k_floats(int type, const uint8_t *block, int j, const float *scale, 
 /* y[0..64) += the j-th 64 values of C blocks of Q4_K: 32 bytes, whose low nibbles are the first 32 values. */
 INLINE void add_q4_k(const uint8_t *const blocks[], int j, int C, const float (*scale)[16], const float (*minimum)[16],
                      const float *a, float *y) {
-    UNROLL for (int h = 0; h < 2; h++) {
-        vf lo[HALF_VECTORS], hi[HALF_VECTORS];
-        UNROLL for (int i = 0; i < HALF_VECTORS; i++) lo[i] = load_f(y + h * 16 + i * WIDTH);
-        UNROLL for (int i = 0; i < HALF_VECTORS; i++) hi[i] = load_f(y + 32 + h * 16 + i * WIDTH);
-        UNROLL for (int c = 0; c < C; c++) {
-            vf w_lo[HALF_VECTORS], w_hi[HALF_VECTORS];
-            nibbles_to_floats(blocks[c] + 16 + j * 32 + h * 16, make_table(scale[c][2 * j], minimum[c][2 * j]),
-                              make_table(scale[c][2 * j + 1], minimum[c][2 * j + 1]), w_lo, w_hi);
-            UNROLL for (int i = 0; i < HALF_VECTORS; i++) lo[i] = fma_f(same_f(a[c]), w_lo[i], lo[i]);
-            UNROLL for (int i = 0; i < HALF_VECTORS; i++) hi[i] = fma_f(same_f(a[c]), w_hi[i], hi[i]);
+    vf sums[2 * BLOCK_VECTORS];
+    UNROLL for (int i = 0; i < 2 * BLOCK_VECTORS; i++) sums[i] = load_f(y + i * WIDTH);
+    UNROLL for (int c = 0; c < C; c++) {
+        const nibble_table low = low_table(scale[c][2 * j], minimum[c][2 * j]);
+        const nibble_table high = high_table(scale[c][2 * j + 1], minimum[c][2 * j + 1]);
+        UNROLL for (int h = 0; h < 2; h++) {
+            vf lo[HALF_VECTORS], hi[HALF_VECTORS];
+            nibbles_to_floats(blocks[c] + 16 + j * 32 + h * 16, low, high, lo, hi);
+            UNROLL for (int i = 0; i < HALF_VECTORS; i++) {
+                vf *to = sums + h * HALF_VECTORS + i;
+                *to = fma_f(same_f(a[c]), lo[i], *to);
+                to[BLOCK_VECTORS] = fma_f(same_f(a[c]), hi[i], to[BLOCK_VECTORS]);
+            }
         }
-        UNROLL for (int i = 0; i < HALF_VECTORS; i++) store_f(y + h * 16 + i * WIDTH, lo[i]);
-        UNROLL for (int i = 0; i < HALF_VECTORS; i++) store_f(y + 32 + h * 16 + i * WIDTH, hi[i]);
     }
+    UNROLL for (int i = 0; i < 2 * BLOCK_VECTORS; i++) store_f(y + i * WIDTH, sums[i]);
 }
 
 INLINE void axpys_k(int type, int64_t n, const uint8_t *const *cols, int C, int left, const float *a, float *y) {

@@ -31,10 +31,11 @@ PRIMITIVE float half(const uint8_t *p) {
     memcpy(&h, p, 2);
     return _cvtsh_ss(h);
 }
-/* out[0..8) = d * each signed byte. */
-PRIMITIVE void scale_bytes(uint64_t bytes, float d, float *out) {
+/* out[0..8) = each signed byte times even or odd, by its position. */
+PRIMITIVE void scale_bytes(uint64_t bytes, float even, float odd, float *out) {
     const __m256 v = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low_8(bytes)));
-    _mm256_storeu_ps(out, _mm256_mul_ps(v, _mm256_set1_ps(d)));
+    const __m256 d = _mm256_blend_ps(_mm256_set1_ps(even), _mm256_set1_ps(odd), 0xaa);
+    _mm256_storeu_ps(out, _mm256_mul_ps(v, d));
 }
 
 #endif
