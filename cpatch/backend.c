@@ -79,7 +79,7 @@ static bool supports_product(const struct ggml_tensor *op) {
     const struct ggml_tensor *w = op->src[0];
     if (w->view_src != NULL || !buffer_is_ours(w->buffer)) return false;
     if (!is_f32_rows(op->src[1]) || !is_f32_rows(op)) return false;
-    if (buffer_weight(w)->role == PI_ROLE_SLAB && buffer_weight(w)->slab->spec.rows) return false;
+    if (buffer_weight(w)->role == PI_ROLE_SLAB && buffer_weight(w)->slab->spec.kind == PI_SLAB_ROWS) return false;
     if (op->op == ggml.op_mul_mat && (w->ne[2] != 1 || w->ne[3] != 1)) return false;
     if (op->op == ggml.op_mul_mat_id && op->src[2]->type != ABI_TYPE_I32) return false;
     if (op->src[1]->ne[3] != 1) return false;
@@ -90,7 +90,7 @@ static bool supports_product(const struct ggml_tensor *op) {
 static bool is_lookup(const struct ggml_tensor *t) {
     if (t->op != ggml.op_get_rows || !buffer_is_ours(t->src[0]->buffer)) return false;
     const struct pi_weight *w = buffer_weight(t->src[0]);
-    return w->role == PI_ROLE_SLAB && w->slab->spec.rows && t->src[1]->type == ABI_TYPE_I32 && is_f32_rows(t) &&
+    return w->role == PI_ROLE_SLAB && w->slab->spec.kind == PI_SLAB_ROWS && t->src[1]->type == ABI_TYPE_I32 && is_f32_rows(t) &&
            t->src[1]->nb[0] == sizeof(int32_t) && t->ne[1] == t->src[1]->ne[0] && t->ne[2] == 1 && t->ne[3] == 1;
 }
 
@@ -219,7 +219,7 @@ static int compute_dense(struct backend_context *c, struct ggml_tensor *node, co
     const struct ggml_tensor *src0 = node->src[0];
     const struct pi_layer *layer = w->layer; /* NULL: an ordinary tensor */
     const int64_t offset = layer == NULL ? 0 : w->role == PI_ROLE_GATE ? layer->spec.gate_offset : layer->spec.up_offset;
-    const uint8_t *base = layer == NULL ? src0->data : layer->data;
+    const uint8_t *base = layer != NULL ? layer->data : w->slab != NULL ? w->slab->data : src0->data;
     const size_t stride = layer != NULL ? (size_t)layer->spec.stride : src0->nb[1];
     const size_t expert_stride = layer != NULL ? stride * (size_t)layer->spec.n_ff : src0->nb[2];
     struct node_memory m;
@@ -242,8 +242,21 @@ static int compute_dense(struct backend_context *c, struct ggml_tensor *node, co
     return ABI_STATUS_SUCCESS;
 }
 
+/* A router's product; what it chooses is read at once. Of many tokens nearly every expert is wanted by some. */
+static int compute_router(struct backend_context *c, struct ggml_tensor *node, const struct pi_weight *w) {
+    const int status = compute_dense(c, node, w);
+    if (status != ABI_STATUS_SUCCESS || node->ne[1] > 4) return status;
+    float *scratch = ffn_scratch_reserve(&c->work, (size_t)(2 * node->ne[0] + node->src[0]->ne[0]) * sizeof *scratch);
+    for (int64_t t = 0; t < node->ne[1] && scratch != NULL; t++) { /* without memory it is only slower */
+        slab_route(w->slab, row_at(node->src[1], t, 0), row_at(node, t, 0), scratch);
+    }
+    return status;
+}
+
 /* A product with a streamed matrix. */
-static int compute_slab(struct backend_context *c, struct ggml_tensor *node, struct pi_slab *slab) {
+static int compute_slab(struct backend_context *c, struct ggml_tensor *node, const struct pi_weight *w) {
+    struct pi_slab *slab = w->slab;
+    if (slab->spec.kind == PI_SLAB_ROUTER) return compute_router(c, node, w);
     struct node_memory m;
     if (!node_memory_reserve(c, node, slab->spec.type, &m)) return ABI_STATUS_ALLOC_FAILED;
     const int64_t n = product_rows(node, m.rows);
@@ -389,7 +402,7 @@ static int compute_product(struct backend_context *c, struct ggml_cgraph *graph,
         c->activated = NULL; /* addresses are reused from graph to graph */
         f = (struct fused){.down = node};
         return compute_sparse(c, &f, w);
-    case PI_ROLE_SLAB: return compute_slab(c, node, w->slab);
+    case PI_ROLE_SLAB: return compute_slab(c, node, w);
     default: return compute_dense(c, node, w);
     }
 }

@@ -39,7 +39,7 @@ void pi_model_unref(struct pi_model *model) {
         free(layer->pred_bias);
         free(layer->thresholds);
     }
-    for (int i = 0; i < model->n_slabs; i++) store_close(model->slabs[i].store);
+    for (int i = 0; i < model->n_slabs; i++) slab_free(&model->slabs[i]);
     free(model->slabs);
     flash_close(model->flash);
     pthread_mutex_destroy(&model->evaluating);
@@ -119,7 +119,9 @@ int pi_model_error(struct pi_model *model, int *file, int64_t *offset) {
 }
 
 void pi_model_reset_stats(struct pi_model *model) {
-    for (int i = 0; i < model->n_slabs; i++) store_reset_counters(model->slabs[i].store);
+    for (int i = 0; i < model->n_slabs; i++) {
+        if (model->slabs[i].store != NULL) store_reset_counters(model->slabs[i].store);
+    }
     for (int i = 0; i < model->n_layers; i++) {
         if (model->layers[i].store != NULL) store_reset_counters(model->layers[i].store);
         for (int phase = 0; phase < 2; phase++) {
@@ -462,7 +464,12 @@ int pi_model_read(struct pi_model *model, int fd, int n_threads, char *err, size
         if (layer_read(&model->layers[i], fd, n_threads < 1 ? 1 : n_threads, err, err_len) != 0) return -1;
     }
     for (int i = 0; i < model->n_slabs; i++) {
-        if (model->slabs[i].spec.rows || store_fill(model->slabs[i].store) == 0) continue;
+        struct pi_slab *slab = &model->slabs[i];
+        if (slab->spec.kind == PI_SLAB_ROUTER) {
+            if (slab_read(slab, flash_fd(model->flash, slab->spec.file), err, err_len) != 0) return -1;
+            continue;
+        }
+        if (slab->spec.kind == PI_SLAB_ROWS || store_fill(slab->store) == 0) continue;
         int file;
         uint64_t offset;
         const int code = flash_error(model->flash, &file, &offset);

@@ -58,18 +58,28 @@ struct pi_layer_spec {
     int64_t n_hot;         /* of these, the first n_hot never leave it */
 };
 
-/* A matrix in stock's layout that is streamed: the experts of a mixture, or, dense, in tiles of rows. */
+enum pi_slab_kind {
+    PI_SLAB_EXPERTS = 0, /* the experts of a mixture: units are experts */
+    PI_SLAB_TILES = 1,   /* a dense matrix: units are tiles of rows */
+    PI_SLAB_ROWS = 2,    /* an embedding: units are rows, which are looked up */
+    PI_SLAB_ROUTER = 3,  /* not streamed: a router, from whose products reads are started early */
+};
+
+/* A matrix in stock's layout that is streamed, or that says what will be. */
 struct pi_slab_spec {
     const char *name;      /* of the tensor, blk.N.ffn_gate_exps.weight */
-    int group;             /* slabs that share their routing have the same */
+    int kind;              /* enum pi_slab_kind */
+    int group;             /* experts and the router of a layer have the same; in the order of evaluation */
     int type;
     int64_t n_in, n_out;   /* values of a row, rows (of one expert) */
-    int64_t n_expert;      /* 0: a dense matrix */
+    int64_t n_expert;      /* 0 unless units are experts */
     int64_t tile;          /* rows of a unit of a dense matrix; divides n_out */
-    bool rows;             /* single rows are looked up (an embedding); else it is multiplied with */
     int file;              /* which of the files, */
     int64_t offset;        /* and where in it */
-    int64_t n_slots;       /* experts or tiles that may be in memory */
+    int64_t n_slots;       /* units that may be in memory; unused for routers */
+    int64_t norm_offset;   /* routers: where in the file the n_in floats are that scale the router's input, blk.N.ffn_norm;
+                              0: none do */
+    int64_t n_used;        /* routers: experts per token */
 };
 
 /* How to read what is not in memory. */

@@ -4,40 +4,54 @@
 
 #include "kernels.h"
 
+#include <errno.h>
+#include <math.h>
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { CHUNK_ROWS = 32 /* weight rows that a thread takes at a time */ };
 
+static int64_t unit_rows(const struct pi_slab_spec *spec) {
+    return spec->kind == PI_SLAB_EXPERTS ? spec->n_out : spec->kind == PI_SLAB_TILES ? spec->tile : 1;
+}
+
+/* The field of a spec that does not fit, or NULL. */
+static const char *check_spec(const struct pi_slab_spec *spec) {
+    if (spec->name == NULL || strlen(spec->name) >= ABI_MAX_NAME) return "name";
+    if (abi_row_size(spec->type, spec->n_in) == 0 || spec->n_in > INT32_MAX) return "type";
+    if (spec->kind == PI_SLAB_ROWS ? !kernel_can_dequantize(spec->type) : kernel_input_type(spec->type) < 0) return "type";
+    if (spec->n_out <= 0 || spec->n_out > INT32_MAX || spec->n_expert < 0 || spec->n_expert > 65536) return "shape";
+    if (spec->kind < PI_SLAB_EXPERTS || spec->kind > PI_SLAB_ROUTER) return "kind";
+    if ((spec->n_expert > 0) != (spec->kind == PI_SLAB_EXPERTS)) return "number of experts";
+    if (spec->kind == PI_SLAB_TILES && (spec->tile <= 0 || spec->n_out % spec->tile != 0)) return "tile";
+    if (spec->kind == PI_SLAB_ROUTER && (spec->n_used < 0 || spec->n_used > spec->n_out)) return "number of experts";
+    if (spec->offset < 0 || spec->n_slots < 0 || spec->n_slots > INT32_MAX || spec->norm_offset < 0) return "size";
+    return NULL;
+}
+
 int slab_init(struct pi_slab *slab, struct pi_model *model, const struct pi_slab_spec *spec, char *err, size_t err_len) {
-    const char *field = NULL;
-    const size_t row = abi_row_size(spec->type, spec->n_in);
-    const bool experts = spec->n_expert > 0;
-    if (spec->name == NULL || strlen(spec->name) >= ABI_MAX_NAME) field = "name";
-    else if (row == 0 || kernel_input_type(spec->type) < 0) field = "type";
-    else if (spec->n_out <= 0 || spec->n_out > INT32_MAX || spec->n_expert < 0 || spec->n_expert > 65536) field = "shape";
-    else if (spec->rows && (experts || spec->tile != 1 || !kernel_can_dequantize(spec->type))) field = "kind";
-    else if (!experts && (spec->tile <= 0 || spec->n_out % spec->tile != 0)) field = "number of rows in a tile";
-    else if (spec->offset < 0 || spec->n_slots < 0 || spec->n_slots > INT32_MAX) field = "number of slots";
+    const char *field = check_spec(spec);
     if (field != NULL) {
-        snprintf(err, err_len, "%s: the streamed matrix's %s does not fit", spec->name == NULL ? "?" : spec->name, field);
+        snprintf(err, err_len, "%s: the matrix's %s does not fit", spec->name == NULL ? "?" : spec->name, field);
         return -1;
     }
     slab->model = model;
     slab->spec = *spec;
     strcpy(slab->name, spec->name);
     slab->spec.name = slab->name;
-    slab->row_size = row;
-    slab->unit_rows = experts ? spec->n_out : spec->tile;
+    slab->row_size = abi_row_size(spec->type, spec->n_in);
+    slab->unit_rows = unit_rows(spec);
     slab->weight = (struct pi_weight){PI_ROLE_SLAB, NULL, slab};
-    const int64_t units = experts ? spec->n_expert : spec->n_out / spec->tile;
+    if (spec->kind == PI_SLAB_ROUTER) return 0;
+    const int64_t units = spec->kind == PI_SLAB_EXPERTS ? spec->n_expert : spec->n_out / slab->unit_rows;
     /* A dense matrix is wanted from end to end every time: then nothing beats keeping a part and streaming the rest. */
-    const bool pin = !experts && !spec->rows && spec->n_slots < units;
+    const bool pin = spec->kind == PI_SLAB_TILES && spec->n_slots < units;
     const int64_t spare = spec->n_slots > 8 ? 4 : 1;
     const struct store_spec store = {.file = spec->file,
                                      .offset = (uint64_t)spec->offset,
-                                     .unit_size = (uint64_t)slab->unit_rows * row,
+                                     .unit_size = (uint64_t)slab->unit_rows * slab->row_size,
                                      .n_units = (uint32_t)units,
                                      .n_slots = (uint32_t)spec->n_slots,
                                      .n_pinned = pin && spec->n_slots > spare ? (uint32_t)(spec->n_slots - spare) : 0,
@@ -46,6 +60,84 @@ int slab_init(struct pi_slab *slab, struct pi_model *model, const struct pi_slab
     slab->store = store_open(model->flash, &store, why, sizeof why);
     if (slab->store == NULL) snprintf(err, err_len, "%s: %s", spec->name, why);
     return slab->store == NULL ? -1 : 0;
+}
+
+void slab_free(struct pi_slab *slab) {
+    store_close(slab->store);
+    free(slab->data);
+    free(slab->norm);
+}
+
+static int read_fully(int fd, void *dst, size_t size, int64_t offset) {
+    for (uint8_t *p = dst; size > 0;) {
+        const ssize_t n = pread(fd, p, size, (off_t)offset);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return -1;
+        p += n, size -= (size_t)n, offset += n;
+    }
+    return 0;
+}
+
+int slab_read(struct pi_slab *slab, int fd, char *err, size_t err_len) {
+    const size_t size = (size_t)slab->spec.n_out * slab->row_size, norm = (size_t)slab->spec.n_in * sizeof(float);
+    if (slab->data == NULL) slab->data = aligned_alloc(64, (size + 63) & ~(size_t)63);
+    if (slab->norm == NULL && slab->spec.norm_offset > 0) slab->norm = malloc(norm);
+    if (slab->data == NULL || (slab->norm == NULL && slab->spec.norm_offset > 0)) {
+        snprintf(err, err_len, "%s: no memory for %zu bytes", slab->name, size);
+        return -1;
+    }
+    if (read_fully(fd, slab->data, size, slab->spec.offset) == 0 &&
+        (slab->norm == NULL || read_fully(fd, slab->norm, norm, slab->spec.norm_offset) == 0))
+        return 0;
+    snprintf(err, err_len, "%s: reading it at offset %lld failed", slab->name, (long long)slab->spec.offset);
+    return -1;
+}
+
+/* Has the experts with the n highest logits read into the slots of a layer's matrices, for its next evaluation. */
+static void read_likely(struct pi_model *model, int group, const float *logits, int64_t n_expert, int64_t n, float *order) {
+    int32_t chosen[256];
+    if (n > 256) n = 256;
+    memcpy(order, logits, (size_t)n_expert * sizeof(float));
+    for (int64_t k = 0; k < n; k++) {
+        int64_t best = 0;
+        for (int64_t e = 1; e < n_expert; e++) {
+            if (order[e] > order[best]) best = e;
+        }
+        order[best] = -INFINITY;
+        chosen[k] = (int32_t)best;
+    }
+    for (int i = 0; i < model->n_slabs; i++) {
+        struct pi_slab *slab = &model->slabs[i];
+        if (slab->spec.group != group || slab->spec.kind != PI_SLAB_EXPERTS || slab->spec.n_expert != n_expert) continue;
+        if ((int64_t)slab->store->spec.n_slots < 2 * n || !store_pays(slab->store)) continue;
+        (void)store_want(slab->store, chosen, (int)n, true);
+        store_flush(slab->store);
+    }
+}
+
+void slab_route(struct pi_slab *router, const float *x, const float *logits, float *scratch) {
+    struct pi_model *model = router->model;
+    const int64_t n = router->spec.n_used, n_expert = router->spec.n_out, n_in = router->spec.n_in;
+    struct pi_slab *next = NULL;
+    float *order = scratch, *guess = scratch + n_expert, *scaled = guess + n_expert;
+    if (n == 0) return;
+    pthread_mutex_lock(&model->evaluating);
+    read_likely(model, router->spec.group, logits, n_expert, n, order);
+    for (int i = 0; i < model->n_slabs; i++) {
+        struct pi_slab *slab = &model->slabs[i];
+        if (slab->spec.kind != PI_SLAB_ROUTER || slab->spec.group <= router->spec.group) continue;
+        if (next == NULL || slab->spec.group < next->spec.group) next = slab;
+    }
+    if (next != NULL && next->spec.n_in == n_in && next->spec.n_out == n_expert && next->spec.type == ABI_TYPE_F32) {
+        for (int64_t i = 0; i < n_in; i++) {
+            const bool rescale = router->norm != NULL && next->norm != NULL && router->norm[i] != 0.0f;
+            scaled[i] = rescale ? x[i] / router->norm[i] * next->norm[i] : x[i];
+        }
+        const struct ffn_product product = {next->data, scaled, guess};
+        ffn_dense(&product, 1, ABI_TYPE_F32, n_in, n_expert, next->row_size, 1);
+        read_likely(model, next->spec.group, guess, n_expert, n, order);
+    }
+    pthread_mutex_unlock(&model->evaluating);
 }
 
 /* A unit that is wanted, and the rows of the product that want it. */
@@ -184,7 +276,7 @@ static void read_ahead(struct pi_slab *slab, const struct product *p) {
     struct pi_model *model = slab->model;
     for (int i = 0; i < model->n_slabs; i++) {
         struct pi_slab *other = &model->slabs[i];
-        if (other == slab || other->spec.group != slab->spec.group || other->passes >= slab->passes) continue;
+        if (other == slab || other->spec.kind != PI_SLAB_EXPERTS || other->spec.group != slab->spec.group || other->passes >= slab->passes) continue;
         const int room = (int)(other->store->spec.n_slots / 2);
         for (int t = 0; t < p->n_tasks && t < room; t++) {
             if (store_want(other->store, &p->tasks[t].unit, 1, true) == 0) break;
@@ -242,6 +334,10 @@ enum ffn_result slab_get_rows(struct pi_slab *slab, const int32_t *ids, int n, f
 enum ffn_result slab_copy(struct pi_slab *slab, uint8_t *dst) {
     struct store *store = slab->store;
     enum ffn_result result = FFN_OK;
+    if (store == NULL) {
+        memcpy(dst, slab->data, (size_t)slab->spec.n_out * slab->row_size);
+        return result;
+    }
     pthread_mutex_lock(&slab->model->evaluating);
     for (int32_t u = 0; u < (int32_t)store->spec.n_units && result == FFN_OK; u++) {
         store_begin(store);

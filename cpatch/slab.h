@@ -18,13 +18,24 @@ struct pi_slab {
     char name[ABI_MAX_NAME];
     size_t row_size;      /* bytes of one row of n_in values */
     int64_t unit_rows;    /* rows of a unit */
-    struct store *store;
+    struct store *store;  /* NULL for a router */
+    uint8_t *data;        /* routers: the matrix, */
+    float *norm;          /* and the scale of its input, or NULL */
     uint64_t passes;      /* how many nodes were computed with it: tells which of a group are still to come */
     struct pi_weight weight;
 };
 
 /* Checks a spec against the types and the files and opens its store. 0, or -1 with a sentence. */
 int slab_init(struct pi_slab *slab, struct pi_model *model, const struct pi_slab_spec *spec, char *err, size_t err_len);
+
+/* Routers: reads the matrix. 0, or -1 with a sentence. */
+int slab_read(struct pi_slab *slab, int fd, char *err, size_t err_len);
+void slab_free(struct pi_slab *slab);
+
+/* Starts the reads that a router's products for a few tokens ask for: of the experts that its layer will use, and of those
+ * that the next layer's router would choose for the same input, which changes little from layer to layer. x: [n_in] input,
+ * logits: [n_out]. scratch: at least 2 x n_out + n_in floats. */
+void slab_route(struct pi_slab *router, const float *x, const float *logits, float *scratch);
 
 /* One row of the product: out[j] = dot(row j of the expert's matrix, xq), j < n_out. */
 struct slab_row {

@@ -56,6 +56,10 @@ struct io *flash_io(struct flash *flash) {
     return flash->io;
 }
 
+int flash_fd(const struct flash *flash, int file) {
+    return file >= 0 && file < flash->n_files ? flash->fds[file] : -1;
+}
+
 bool flash_stale(struct flash *flash) {
     return atomic_load_explicit(&flash->stale, memory_order_relaxed);
 }
@@ -357,6 +361,7 @@ static int32_t take_slot(struct store *s) {
     }
     if (best < 0) return -1;
     s->counters.wasted += s->ahead[best];
+    s->recent_wasted += s->ahead[best];
     s->ahead[best] = 0;
     atomic_store_explicit(&s->slot_of[s->unit_of[best]], -1, memory_order_relaxed);
     s->unit_of[best] = -1;
@@ -411,6 +416,7 @@ static bool want(struct store *s, uint32_t unit, bool ahead) {
         if (ahead || s->round_of[slot] != s->round + 1) s->round_of[slot] = s->round + ahead;
         if (!ahead && s->ahead[slot]) {
             s->counters.useful++;
+            s->recent_useful++;
             s->ahead[slot] = 0;
         }
     }
@@ -420,6 +426,16 @@ static bool want(struct store *s, uint32_t unit, bool ahead) {
         s->counters.missed += slot < 0 || s->state[slot] != STORE_READY;
     }
     return true;
+}
+
+bool store_pays(struct store *s) {
+    const uint32_t n = s->recent_useful + s->recent_wasted;
+    if (n > 256) {
+        s->recent_useful /= 2;
+        s->recent_wasted /= 2;
+    }
+    /* A read that is not used costs as much as one that is wanted at once: below one in three it rather delays. */
+    return n < 32 || 3 * s->recent_useful >= n || s->tries++ % 32 == 0;
 }
 
 int store_want(struct store *s, const int32_t *units, int n, bool ahead) {

@@ -41,6 +41,7 @@ bool flash_progress(struct flash *flash, bool wait);
 int flash_error(struct flash *flash, int *file, uint64_t *offset);
 
 struct io *flash_io(struct flash *flash);
+int flash_fd(const struct flash *flash, int file); /* for reads through the page cache; stays the flash's */
 
 /* Has a file changed since it was opened? Then nothing that was read since can be trusted. */
 bool flash_stale(struct flash *flash);
@@ -84,6 +85,7 @@ struct store {
     uint64_t random;
     bool run_open;                /* a read is being put together: */
     uint32_t run_first, run_last; /* its units */
+    uint32_t recent_useful, recent_wasted, tries; /* of reading ahead, fading: store_pays() */
     struct store_counters counters;
 };
 
@@ -104,6 +106,9 @@ void store_begin(struct store *store);
  * be had before others of this round are released, or when too many reads wait already (progress, and try again).
  * ahead: for the next round. */
 int store_want(struct store *store, const int32_t *units, int n, bool ahead);
+
+/* Does reading ahead pay: is enough of it used? Where it does not, it is tried now and then. */
+bool store_pays(struct store *store);
 
 /* The units wanted so far are submitted. */
 void store_flush(struct store *store);

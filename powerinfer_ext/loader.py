@@ -33,6 +33,7 @@ IO_ENGINES = {"auto": 0, "io_uring": 1, "threads": 2}  # enum io_engine
 
 # enum pi_activation. silu and gelu stay stock's to compute, except where there are thresholds.
 _ACTIVATIONS = {"relu": 1, "relu2": 2, "drelu": 3, "silu": 4, "gelu": 5}
+_KINDS = {"experts": 0, "tiles": 1, "rows": 2, "router": 3}  # enum pi_slab_kind
 _PREDICTORS = {"lowrank": 1, "direct": 2, "linear": 3}  # enum pi_predictor
 _ERROR_SIZE = 512
 
@@ -301,7 +302,7 @@ def _open_model(
         spec.name, spec.group, spec.type = kept[-1], matrix.group, matrix.source.type
         spec.n_in, spec.n_out = matrix.source.shape[:2]
         spec.n_expert, spec.tile, spec.n_slots = matrix.n_expert, matrix.tile, matrix.slots
-        spec.rows = matrix.rows
+        spec.kind, spec.norm_offset, spec.n_used = _KINDS[matrix.kind], matrix.norm_offset, matrix.n_used
         spec.file, spec.offset = matrix.source.file, matrix.source.offset
     flash = ffi.new("struct pi_flash_spec *", {"engine": IO_ENGINES[options.io], "depth": DEPTH, "gap": GAP, "run": RUN})
     return lib.pi_model_open(

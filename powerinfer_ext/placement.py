@@ -33,6 +33,8 @@ RUN = 64 << 10  # longest read of several neurons
 STREAM_ROWS = 256  # rows computed together when bundles are streamed (cpatch/ffn.c)
 _LEAST_NEURONS = 64  # slots of a layer
 _ROWS = 1024  # slots of a streamed embedding
+_EARLY_ROUTERS = ("smallthinker",)  # these read the residual stream, before attention and without a norm
+_F32 = 0  # ggml's number
 _UBATCHES = (512, 256, 128, 64)
 
 
@@ -54,29 +56,40 @@ class Context:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A tensor that is streamed in stock's layout. tile: rows of a unit, 0 where units are experts. rows: single rows
-    are looked up, as in an embedding; else it is multiplied with."""
+    """A tensor in stock's layout that is ours.
+
+    kind: "experts" and "tiles" (of `tile` rows) are streamed, "rows" are looked up (an embedding), a "router" is
+    kept: its products tell early what to read. group: the layer. norm_offset: where the norm lies that scales
+    the router's input (0: none), n_used: how many experts a token uses.
+    """
 
     source: Source
+    kind: str
     group: int
-    tile: int
-    slots: int
-    rows: bool = False
+    slots: int = 0
+    tile: int = 0
+    norm_offset: int = 0
+    n_used: int = 0
 
     @property
     def n_expert(self) -> int:
-        """0 for a dense matrix."""
-        return self.source.shape[2] if self.tile == 0 else 0
+        """0 unless units are experts."""
+        return self.source.shape[2] if self.kind == "experts" else 0
 
     @property
     def units(self) -> int:
         """How many there are."""
-        return self.n_expert or self.source.shape[1] // self.tile
+        return self.n_expert or self.source.shape[1] // max(self.tile, 1)
 
     @property
     def unit_bytes(self) -> int:
         """Bytes of one, as it is read."""
         return self.source.nbytes // self.units
+
+    @property
+    def slots_bytes(self) -> int:
+        """Memory for its slots."""
+        return self.slots * _slot(self.unit_bytes)
 
 
 @dataclass(frozen=True)
@@ -196,7 +209,7 @@ def _stream(
     parts = {**parts, "streaming": staging + max(work, default=0)}
     embedding = _embedding(sources)
     rows = [embedding] if embedding is not None else []
-    parts["weights"] -= sum(matrix.source.nbytes - matrix.slots * _slot(matrix.unit_bytes) for matrix in rows)
+    parts["weights"] -= sum(matrix.source.nbytes - matrix.slots_bytes for matrix in rows)
     if not stock and not everything.bundles:
         raise BudgetError(
             f"{model.path}: a budget of {_shown(budget)} is too small, and this model has no FFN that could be streamed; "
@@ -215,7 +228,7 @@ def _stream(
         if room < slots or (room < wanted and deciders):
             continue
         bundles, matrices, used = _fill(everything.bundles, matrices, room)
-        return Placement(budget, bundles, [*matrices, *rows], fixed, used, least)
+        return Placement(budget, bundles, [*matrices, *rows, *_routers(model, sources, matrices)], fixed, used, least)
     taken = ", ".join(f"{name} {_shown(size)}" for name, size in choices[-1][1].items())
     raise BudgetError(
         f"{model.path}: a budget of {_shown(budget)} is too small; the least that works is {_shown(least)} ({taken}). A "
@@ -230,7 +243,7 @@ def _stock_matrices(sources: Iterable[Source]) -> list[Matrix]:
     for pattern, experts in ((EXPERTS, True), (DENSE_FFN, False)):
         found = [(t, pattern.fullmatch(t.name)) for t in sources]
         matrices = [
-            Matrix(t, int(match[1]), 0 if experts else _tile(t), 1)
+            Matrix(t, "experts", int(match[1])) if experts else Matrix(t, "tiles", int(match[1]), tile=_tile(t))
             for t, match in found
             if match and len(t.shape) == (3 if experts else 2)
         ]
@@ -247,7 +260,10 @@ def _decider_matrices(bundles: list[Bundles], sources: Mapping[str, Source]) -> 
         if layer.decider is None:
             continue
         source = sources[layer.decider_name]
-        matrices.append(Matrix(source, layer.index, 0 if layer.n_expert else _tile(source), 1))
+        if layer.n_expert:
+            matrices.append(Matrix(source, "experts", layer.index))
+        else:
+            matrices.append(Matrix(source, "tiles", layer.index, tile=_tile(source)))
     return matrices
 
 
@@ -256,7 +272,23 @@ def _embedding(sources: Mapping[str, Source]) -> Matrix | None:
     source = sources.get("token_embd.weight")
     if source is None or "output.weight" not in sources or source.file < 0:
         return None
-    return Matrix(source, -1, 1, min(_ROWS, source.shape[1]), rows=True)
+    return Matrix(source, "rows", -1, min(_ROWS, source.shape[1]), tile=1)
+
+
+def _routers(model: ModelFiles, sources: Mapping[str, Source], matrices: list[Matrix]) -> list[Matrix]:
+    """The routers of layers whose experts are streamed, as far as they are of a kind that can be read ahead from."""
+    metadata = model.first.metadata
+    used = metadata.get(f"{metadata.get('general.architecture', '')}.expert_used_count", 0)
+    routers = []
+    for group in sorted({matrix.group for matrix in matrices if matrix.kind == "experts"}):
+        source = sources.get(f"blk.{group}.ffn_gate_inp.weight")
+        if source is None or source.type != _F32 or len(source.shape) != 2 or not isinstance(used, int):
+            continue
+        norm = sources.get(f"blk.{group}.ffn_norm.weight")
+        near = norm is not None and norm.type == _F32 and norm.file == source.file and norm.shape == source.shape[:1]
+        scaled = near and metadata.get("general.architecture") not in _EARLY_ROUTERS
+        routers.append(Matrix(source, "router", group, tile=1, norm_offset=norm.offset if scaled else 0, n_used=used))
+    return routers
 
 
 def _tile(source: Source) -> int:
@@ -283,7 +315,7 @@ def _fill(bundles: list[Bundles], matrices: list[Matrix], room: int) -> tuple[li
     things: list[Bundles | Matrix] = [*matrices, *bundles]
     least = [min(2, t.units) if isinstance(t, Matrix) else min(_LEAST_NEURONS, t.units) for t in things]
     for tiled in (True, False):
-        chosen = [i for i, t in enumerate(things) if (isinstance(t, Matrix) and t.tile > 0) == tiled]
+        chosen = [i for i, t in enumerate(things) if (isinstance(t, Matrix) and t.kind == "tiles") == tiled]
         wanted = {i: (things[i].units - least[i]) * _slot(things[i].unit_bytes) for i in chosen}
         share = min(1.0, room / max(1, sum(wanted.values())))
         for i in chosen:
