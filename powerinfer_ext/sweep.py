@@ -22,7 +22,7 @@ from gguf_tools.reader import TensorInfo
 from gguf_tools.sparse import SparseGGUF
 from powerinfer_ext.errors import PowerInferError
 
-SHIFTS = (-0.8, -0.4, 0.0, 0.4, 0.8)  # of the biases, in standard deviations
+SHIFTS = (-16.0, -8.0, -4.0, -2.0, -1.0, 0.0, 2.0, 8.0)  # of the biases, in standard deviations
 SCALES = (0.0, 0.5, 1.0, 1.5, 2.0)  # of the thresholds
 
 
