@@ -110,6 +110,12 @@ int pi_model_io_engine(struct pi_model *model) {
     return model->flash == NULL ? 0 : (int)io_engine(flash_io(model->flash));
 }
 
+int pi_model_inject(struct pi_model *model, int64_t n, int error, uint32_t short_by) {
+    if (model->flash == NULL) return -1;
+    io_inject(flash_io(model->flash), n, error, short_by);
+    return 0;
+}
+
 int pi_model_error(struct pi_model *model, int *file, int64_t *offset) {
     uint64_t at = 0;
     *file = 0;
@@ -440,6 +446,7 @@ struct pi_model *pi_model_open(const int *fds, int n_files, int n_layers, const 
     if (flash != NULL) {
         model->flash = open_flash(fds, n_files, flash, err, err_len);
         model->policy = (enum store_policy)flash->policy;
+        model->ahead = flash->ahead;
         ok = model->flash != NULL;
     }
     model->slabs = calloc((size_t)n_slabs + 1, sizeof *model->slabs);

@@ -89,6 +89,7 @@ struct pi_flash_spec {
     int64_t gap;  /* bytes that are read through rather than skipped between two wanted neurons */
     int64_t run;  /* longest read of several neurons */
     int policy;   /* enum store_policy */
+    bool ahead;   /* read what a router or a node of the same layer says will be wanted soon */
 };
 
 struct pi_layer_stats {
@@ -126,6 +127,8 @@ int pi_model_read(struct pi_model *model, int fd, int n_threads, char *err, size
 int pi_model_error(struct pi_model *model, int *file, int64_t *offset);
 /* enum io_engine: what it reads with; 0 when nothing is streamed. */
 int pi_model_io_engine(struct pi_model *model);
+/* For tests: has a read fail, see io_inject(). -1 when nothing is streamed. */
+int pi_model_inject(struct pi_model *model, int64_t n, int error, uint32_t short_by);
 void pi_model_close(struct pi_model *model); /* drops the opener's reference */
 
 /* The ggml_backend_buffer_type_t to name in llama_model_params.tensor_buft_overrides. */
