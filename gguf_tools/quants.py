@@ -124,6 +124,8 @@ def quantise(ggml_type: int, rows: np.ndarray) -> np.ndarray:
         raise ConversionError(f"values as large as {largest:.3g} cannot be stored as {type_name(ggml_type)}")
     if ggml_type == F16:
         return rows.astype(np.float16).view(np.uint8)
+    if n % BLOCKS[ggml_type][0]:  # ggml would write past the end
+        raise ValueError(f"rows of {n} values are not whole blocks of {type_name(ggml_type)}")
     _traits(ggml_type)
     lib = library()
     out = np.empty((n_rows, row_bytes(ggml_type, n)), np.uint8)

@@ -163,7 +163,7 @@ class Regression:
         a, b = self.a[:rank], self.b[:, :rank]
         bias = self.mean_g - b @ (a @ self.mean_x)
         error = self.g - (self.x @ a.T @ b.T + bias)
-        scale = 1 / np.maximum(error.std(axis=0), 1e-6 * np.abs(self.mean_g).max() + 1e-12)
+        scale = 1 / np.maximum(error.std(axis=0), 1e-3 * self.g.std(axis=0) + 1e-12)
         return a, b * scale[:, None], bias * scale
 
 
@@ -177,7 +177,7 @@ def regress(m: Material, rank: int, seed: int = 0) -> Regression:
     x = m.x[m.train]
     mean_x = x.mean(axis=0)
     x = x - mean_x
-    floor = _SHRINKAGE * float((x * x).mean())
+    floor = _SHRINKAGE * (x * x).mean(axis=0)[:, None]  # nothing for channels that never vary
     weight = (1 - _SHRINKAGE) / len(x)
 
     def covariance(y: np.ndarray) -> np.ndarray:
@@ -379,9 +379,9 @@ def candidates(
     costs: Costs,
     recall: float,
     *,
-    ranks: Sequence[int] = RANKS,
+    ranks: Sequence[int] | None = None,
     budget: float = BUDGET,
-    effort: float = EFFORT,
+    effort: float | None = None,
     everything: bool = False,
     seed: int = 0,
 ) -> Iterator[Scored]:
@@ -392,7 +392,7 @@ def candidates(
     a chart).
     """
     limit = 4 * budget if everything else budget
-    ranks = [r for r in ranks if _bytes(m, r, Q4_0) <= limit * costs.ffn and r <= min(m.w.shape)]
+    ranks = [r for r in ranks or RANKS if _bytes(m, r, Q4_0) <= limit * costs.ffn and r <= min(m.w.shape)]
     untrained: list[Scored] = []
     starts = {}
     regression = regress(m, max(ranks), seed) if ranks else None
@@ -409,7 +409,7 @@ def candidates(
         return
     at = ranks.index(best.predictor.rank)
     for rank in ranks if everything else ranks[max(0, at - 1) : at + 1]:
-        epochs = _epochs(m, rank, effort)
+        epochs = _epochs(m, rank, EFFORT if effort is None else effort)
         if not epochs:
             continue
         trained = train(m, *starts[rank], relu=False, epochs=epochs, rate=1e-3, seed=seed)
