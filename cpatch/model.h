@@ -71,6 +71,7 @@ struct pi_model {
     atomic_bool dense; /* compute every neuron: the reference path */
     struct flash *flash; /* NULL: nothing is streamed */
     enum store_policy policy;
+    bool ahead; /* pi_flash_spec.ahead */
     pthread_mutex_t evaluating; /* held while a layer with a store is evaluated: its rounds are for one at a time */
     int n_slabs;
     struct pi_slab *slabs;

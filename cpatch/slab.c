@@ -11,7 +11,10 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { CHUNK_ROWS = 32 /* weight rows that a thread takes at a time */ };
+enum {
+    CHUNK_ROWS = 32, /* weight rows that a thread takes at a time */
+    SPARE_TILES = 12 /* slots of a dense matrix that tiles pass through: enough reads in flight for the disk's bandwidth */
+};
 
 static int64_t unit_rows(const struct pi_slab_spec *spec) {
     return spec->kind == PI_SLAB_EXPERTS ? spec->n_out : spec->kind == PI_SLAB_TILES ? spec->tile : 1;
@@ -48,13 +51,13 @@ int slab_init(struct pi_slab *slab, struct pi_model *model, const struct pi_slab
     const int64_t units = spec->kind == PI_SLAB_EXPERTS ? spec->n_expert : spec->n_out / slab->unit_rows;
     /* A dense matrix is wanted from end to end every time: then nothing beats keeping a part and streaming the rest. */
     const bool pin = spec->kind == PI_SLAB_TILES && spec->n_slots < units;
-    const int64_t spare = spec->n_slots > 8 ? 4 : 1;
+    const int64_t spare = spec->n_slots > SPARE_TILES ? SPARE_TILES : spec->n_slots;
     const struct store_spec store = {.file = spec->file,
                                      .offset = (uint64_t)spec->offset,
                                      .unit_size = (uint64_t)slab->unit_rows * slab->row_size,
                                      .n_units = (uint32_t)units,
                                      .n_slots = (uint32_t)spec->n_slots,
-                                     .n_pinned = pin && spec->n_slots > spare ? (uint32_t)(spec->n_slots - spare) : 0,
+                                     .n_pinned = pin ? (uint32_t)(spec->n_slots - spare) : 0,
                                      .policy = model->policy};
     char why[128];
     slab->store = store_open(model->flash, &store, why, sizeof why);
@@ -120,7 +123,7 @@ void slab_route(struct pi_slab *router, const float *x, const float *logits, flo
     const int64_t n = router->spec.n_used, n_expert = router->spec.n_out, n_in = router->spec.n_in;
     struct pi_slab *next = NULL;
     float *order = scratch, *guess = scratch + n_expert, *scaled = guess + n_expert;
-    if (n == 0) return;
+    if (n == 0 || !model->ahead) return;
     pthread_mutex_lock(&model->evaluating);
     read_likely(model, router->spec.group, logits, n_expert, n, order);
     for (int i = 0; i < model->n_slabs; i++) {
@@ -285,6 +288,23 @@ static void read_ahead(struct pi_slab *slab, const struct product *p) {
     }
 }
 
+/* Has the first tiles read that do not stay in memory, of the dense matrix that comes next, in the next token's pass after
+ * the last. */
+static void read_next(const struct pi_slab *slab) {
+    struct pi_model *model = slab->model;
+    for (int step = 1, at = (int)(slab - model->slabs); step < model->n_slabs; step++) {
+        struct pi_slab *next = &model->slabs[(at + step) % model->n_slabs];
+        if (next->spec.kind != PI_SLAB_TILES) continue;
+        const struct store_spec *spec = &next->store->spec;
+        for (uint32_t u = spec->n_pinned; u < spec->n_units && u < spec->n_slots; u++) {
+            const int32_t unit = (int32_t)u;
+            if (store_want(next->store, &unit, 1, true) == 0) break;
+        }
+        store_flush(next->store);
+        return;
+    }
+}
+
 enum ffn_result slab_product(struct pi_slab *slab, struct slab_row *rows, int n_rows, int n_threads,
                              struct ffn_scratch *scratch) {
     const bool experts = slab->spec.n_expert > 0;
@@ -300,9 +320,10 @@ enum ffn_result slab_product(struct pi_slab *slab, struct slab_row *rows, int n_
     slab->passes++;
     store_begin(slab->store);
     feed(&p);
-    if (experts) read_ahead(slab, &p);
+    if (experts && slab->model->ahead) read_ahead(slab, &p);
 #pragma omp parallel num_threads(n_threads)
     run_thread(&p);
+    if (!experts && slab->model->ahead) read_next(slab);
     pthread_mutex_unlock(&slab->model->evaluating);
     return atomic_load(&p.failed) || flash_stale(slab->store->flash) ? FFN_READ_FAILED : FFN_OK;
 }

@@ -24,8 +24,9 @@ import llama_cpp.llama_cpp as bindings
 from gguf_tools.reader import GGUFFile
 from gguf_tools.sparse import SparseLayer
 from gguf_tools.virtual import ModelFiles, virtual_header
+from powerinfer_ext import disk
 from powerinfer_ext.errors import PowerInferError
-from powerinfer_ext.placement import DEPTH, GAP, RUN, Context, Placement, place
+from powerinfer_ext.placement import DEPTH, RUN, Context, Placement, place
 
 SUPPORTED_VERSIONS = ("0.3.36",)
 MODES = ("exact", "dense")
@@ -48,13 +49,15 @@ class Options:
     mode: "exact" computes the neurons that fire (or, where the file has predictors, those they select), "dense"
     computes all of them. memory: a budget for the whole process, in bytes, or as "4GiB" or "50%" of the model's
     file; None keeps everything in memory if it fits. io: "auto", "io_uring" or "threads". context: what the
-    budget has to leave room for.
+    budget has to leave room for. prefetch: read experts that a router names, or that the next layer's router
+    would, before they are needed.
     """
 
     mode: str = "exact"
     memory: int | str | None = None
     io: str = "auto"
     context: Context = Context()
+    prefetch: bool = True
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -304,7 +307,10 @@ def _open_model(
         spec.n_expert, spec.tile, spec.n_slots = matrix.n_expert, matrix.tile, matrix.slots
         spec.kind, spec.norm_offset, spec.n_used = _KINDS[matrix.kind], matrix.norm_offset, matrix.n_used
         spec.file, spec.offset = matrix.source.file, matrix.source.offset
-    flash = ffi.new("struct pi_flash_spec *", {"engine": IO_ENGINES[options.io], "depth": DEPTH, "gap": GAP, "run": RUN})
+    flash = ffi.new("struct pi_flash_spec *")
+    flash.engine, flash.depth, flash.run = IO_ENGINES[options.io], DEPTH, RUN
+    flash.gap = disk.gap(files.first.path) if placement.streams else 0
+    flash.ahead = options.prefetch
     return lib.pi_model_open(
         files.fds,
         len(files.fds),

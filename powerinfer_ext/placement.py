@@ -26,12 +26,14 @@ from powerinfer_ext.errors import BudgetError, PowerInferError
 
 EXPERTS = re.compile(r"blk\.([0-9]+)\..*_exps\.weight")
 DENSE_FFN = re.compile(r"blk\.([0-9]+)\.ffn_(gate|up|down)\.weight")
-TILE_BYTES = 1 << 19  # about what a unit of a dense matrix has: reads of this size run at the disk's bandwidth
+TILE_BYTES = 1 << 18  # about what a unit of a dense matrix has: reads of this size run at the disk's bandwidth
 DEPTH = 128  # reads in flight
-GAP = 16 << 10  # bytes that are cheaper to read through than to start another read for
+GAP = 16 << 10  # bytes that are cheaper to read through than to skip, where the device cannot be measured (disk.py)
 RUN = 64 << 10  # longest read of several neurons
 STREAM_ROWS = 256  # rows computed together when bundles are streamed (cpatch/ffn.c)
 _LEAST_NEURONS = 64  # slots of a layer
+_HOT_SHARE = 0.25  # of a layer's neurons: PowerInfer (arXiv 2312.12456) finds 26 % to make 80 % of the firings
+_SPARE_TILES = 12  # slots that tiles pass through (cpatch/slab.c)
 _ROWS = 1024  # slots of a streamed embedding
 _EARLY_ROUTERS = ("smallthinker",)  # these read the residual stream, before attention and without a norm
 _F32 = 0  # ggml's number
@@ -47,6 +49,7 @@ class Context:
     n_ubatch: int = 512
     kv_bytes: float = 2.0  # of one value, mean of K and V
     logits_all: bool = False
+    process: int | None = None  # bytes that the process takes already; None: what this one takes
 
     @property
     def rows(self) -> int:
@@ -151,9 +154,12 @@ def parse_memory(memory: int | str | None, model_bytes: int) -> int | None:
         raise PowerInferError(f"memory={memory!r}: {error}") from None
 
 
-def place(model: ModelFiles, memory: int | str | None, context: Context) -> Placement:
+def place(
+    model: ModelFiles, memory: int | str | None, context: Context, deciders: str | None = None
+) -> Placement:
     """Decide for a budget; without one, keep everything if it fits into the memory that is available.
 
+    deciders: "kept" or "streamed", to have the deciding matrices of a sparse-GGUF so; None chooses.
     Raises PowerInferError when the budget is too small, naming the least one that works.
     """
     layers = model.sparse.layers if model.sparse is not None else []
@@ -170,7 +176,7 @@ def place(model: ModelFiles, memory: int | str | None, context: Context) -> Plac
         budget = int(available * 0.95) + parts["process"]
     elif resident <= budget:
         return replace(everything, budget=budget, parts=parts, slots_bytes=bundled)
-    return _stream(model, everything, stock, parts, budget, context)
+    return _stream(model, everything, stock, parts, budget, context, deciders)
 
 
 def choose_ubatch(model: ModelFiles, memory: int | str | None, context: Context) -> int | None:
@@ -197,6 +203,7 @@ def _stream(
     parts: dict[str, int],
     budget: int,
     context: Context,
+    wish: str | None = None,
 ) -> Placement:
     sources = {tensor.name: tensor for tensor in model.tensors()}
     deciders = _decider_matrices(everything.bundles, sources)
@@ -221,6 +228,8 @@ def _stream(
     if deciders:
         kept = parts["weights"] - sum(matrix.source.nbytes for matrix in deciders)
         choices.append((deciders, {**parts, "weights": kept}, 0))
+    if wish is not None:
+        choices = [(stock, parts, 0)] if wish == "kept" else choices[-1:]
     for matrices, fixed, wanted in choices:
         room = budget - sum(fixed.values())
         slots = _least_slots(everything.bundles, matrices)
@@ -303,31 +312,43 @@ def _slot(unit_bytes: int) -> int:
     return unit_bytes + 8192 if unit_bytes > RUN else -(-unit_bytes // 64) * 64
 
 
+def _least(thing: Bundles | Matrix) -> int:
+    """The fewest slots that make sense."""
+    if isinstance(thing, Bundles):
+        return min(_LEAST_NEURONS, thing.units)
+    return min(_SPARE_TILES if thing.kind == "tiles" else 2, thing.units)
+
+
 def _least_slots(bundles: list[Bundles], matrices: list[Matrix]) -> int:
-    neurons = sum(min(_LEAST_NEURONS, b.units) * _slot(b.unit_bytes) for b in bundles)
-    return neurons + sum(min(2, m.units) * _slot(m.unit_bytes) for m in matrices)
+    return sum(_least(thing) * _slot(thing.unit_bytes) for thing in (*bundles, *matrices))
 
 
 def _fill(bundles: list[Bundles], matrices: list[Matrix], room: int) -> tuple[list[Bundles], list[Matrix], int]:
-    """Give out slots. Tiles are all wanted for every token, so they come first; the rest shares evenly."""
-    room -= _least_slots(bundles, matrices)
-    slots: dict[int, int] = {}
-    things: list[Bundles | Matrix] = [*matrices, *bundles]
-    least = [min(2, t.units) if isinstance(t, Matrix) else min(_LEAST_NEURONS, t.units) for t in things]
-    for tiled in (True, False):
-        chosen = [i for i, t in enumerate(things) if (isinstance(t, Matrix) and t.kind == "tiles") == tiled]
-        wanted = {i: (things[i].units - least[i]) * _slot(things[i].unit_bytes) for i in chosen}
-        share = min(1.0, room / max(1, sum(wanted.values())))
-        for i in chosen:
-            more = int(wanted[i] * share) // _slot(things[i].unit_bytes)
-            slots[i] = least[i] + more
-            room -= more * _slot(things[i].unit_bytes)
-    used = sum(n * _slot(things[i].unit_bytes) for i, n in slots.items())
-    new_matrices = [replace(m, slots=slots[i]) for i, m in enumerate(matrices)]
+    """Give out slots. First to the hottest neurons: reads of single neurons are an order of magnitude slower than
+    others, and hot ones are wanted for most tokens. Then to tiles, which are wanted for every token; then to the rest.
+    """
+    things: list[Bundles | Matrix] = [*bundles, *matrices]
+    slots = [_least(thing) for thing in things]
+    room -= sum(n * _slot(thing.unit_bytes) for n, thing in zip(slots, things, strict=True))
+    for chosen, share in ((Bundles, _HOT_SHARE), ("tiles", 1.0), (None, 1.0)):
+        some = [
+            i
+            for i, thing in enumerate(things)
+            if chosen is None or (isinstance(thing, Bundles) if chosen is Bundles else getattr(thing, "kind", "") == chosen)
+        ]
+        more = {i: max(0, int(things[i].units * share) - slots[i]) for i in some}
+        wanted = sum(n * _slot(things[i].unit_bytes) for i, n in more.items())
+        for i, n in more.items():
+            given = int(n * min(1.0, room / max(wanted, 1)))
+            slots[i] += given
+            wanted -= n * _slot(things[i].unit_bytes)
+            room -= given * _slot(things[i].unit_bytes)
+    used = sum(n * _slot(thing.unit_bytes) for n, thing in zip(slots, things, strict=True))
     new_bundles = []
-    for i, bundle in enumerate(bundles, start=len(matrices)):
-        hot = min(bundle.layer.hot_count, slots[i] * 3 // 4) if slots[i] < bundle.units else 0
-        new_bundles.append(replace(bundle, slots=slots[i], hot=hot))
+    for bundle, n in zip(bundles, slots, strict=False):
+        hot = min(bundle.layer.hot_count, n * 3 // 4) if n < bundle.units else 0
+        new_bundles.append(replace(bundle, slots=n, hot=hot))
+    new_matrices = [replace(m, slots=n) for m, n in zip(matrices, slots[len(bundles) :], strict=True)]
     return new_bundles, new_matrices, used
 
 
@@ -357,7 +378,8 @@ def _fixed_parts(model: ModelFiles, context: Context) -> dict[str, int]:
     for layer in model.sparse.layers if model.sparse is not None else []:
         tensors = [layer.scale_tensor, layer.threshold_tensor, *(layer.predictor.tensors if layer.predictor else [])]
         extra += sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    parts = {"process": resident_bytes(), "weights": kept, "KV cache": kv, "compute": compute, "predictors": extra}
+    process = resident_bytes() if context.process is None else context.process
+    parts = {"process": process, "weights": kept, "KV cache": kv, "compute": compute, "predictors": extra}
     parts["margin"] = (16 << 20) + (sum(parts.values()) >> 6)
     return parts
 
