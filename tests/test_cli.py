@@ -23,7 +23,7 @@ from powerinfer_ext.models import bundled
 
 TEXT = "the quick brown fox jumps over the lazy dog, and then it sat on the mat. " * 20
 COMMANDS = ["demo", "models", "convert", "export", "inspect", "run", "chat", "eval", "doctor",
-            "synth", "trace", "bench"]  # fmt: skip
+            "synth", "trace", "calibrate", "bench"]  # fmt: skip
 
 
 class Outcome(NamedTuple):
@@ -160,6 +160,43 @@ def test_convert_says_what_it_requantised(powerinfer: Command, folder: Path, tmp
     assert "re-quantised in 2 layers" in outcome.out
 
 
+def test_calibrate_then_convert_to_predicted(
+    powerinfer: Command, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gguf_tools import training
+
+    monkeypatch.setattr(training, "EFFORT", 0)  # speed; training has its own tests
+    monkeypatch.setattr("powerinfer_ext.calibrate.TOKENS", 2048)
+    model, profile, target = folder / "arcee.gguf", tmp_path / "p", tmp_path / "predicted.gguf"
+    (tmp_path / "text.txt").write_text(TEXT * 4)
+    said = powerinfer("calibrate", model, "-o", profile, "--text", tmp_path / "text.txt", "--json").json
+    assert said["text"] == "text.txt" and said["tokens"] > 1000 and len(said["layers"]) == 2
+    assert 0 < said["layers"][0]["density"] < 1 and said["layers"][0]["hottest_30"] > 0.3
+    outcome = powerinfer("calibrate", model, "-o", profile, "--text", tmp_path / "text.txt")  # complete already
+    assert "of neurons fire, the hottest 30 % make up" in outcome.out
+
+    settings = ("--mode", "predict", "--recall", "0.5")
+    outcome = powerinfer("convert", model, target, *settings, "--profile", profile)
+    assert outcome.code == 0 and "layers are predicted" in outcome.out
+    info = powerinfer("inspect", target, "--json").json
+    assert info["mode"] == "predict"
+    assert {layer["predictor"] for layer in info["layers"]} <= {"none", "linear", "lowrank", "direct"}
+    before = target.read_bytes()
+    message = powerinfer.fails("convert", folder / "arcee.gguf", target, *settings, "--profile", tmp_path)
+    assert "is not a profile" in message and target.read_bytes() == before
+
+    report = powerinfer("convert", model, target, "--profile", profile, "--json").json
+    assert report["mode"] == "exact" and all(layer["hot_count"] for layer in report["layers"])
+    report = powerinfer("convert", model, target, *settings, "--text", tmp_path / "text.txt", "--json").json
+    assert report["mode"] == "predict"
+    assert not list(tmp_path.glob("*.profile")) and not list(tmp_path.glob(".*"))
+    other = powerinfer.fails("convert", "llama-drelu", target, *settings, "--profile", profile)
+    assert "the profile of another model" in other
+    assert "goes with neither" in powerinfer.fails(
+        "convert", model, target, "--profile", profile, "--threshold", "cats"
+    )
+
+
 def test_inspect(powerinfer: Command, folder: Path) -> None:
     assert "sparse-GGUF" in powerinfer("inspect", folder / "arcee.sparse.gguf").out
     report = powerinfer("inspect", folder / "arcee.sparse.gguf", "--json").json
@@ -258,7 +295,7 @@ def test_eval(powerinfer: Command, folder: Path) -> None:
     assert result["stock_self"]["mean_kl"] >= 0
     assert set(result["passes"]) == {"prefill", "decode"}
     assert set(powerinfer(*arguments, "--json", "--pass", "decode").json["passes"]) == {"decode"}
-    shown = powerinfer(*arguments, "--mode", "prefill")
+    shown = powerinfer(*arguments, "--pass", "prefill")
     assert "prefill: sparse, dense" in shown.out and "Neurons computed per layer" in shown.out
 
 
