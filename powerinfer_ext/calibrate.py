@@ -10,7 +10,6 @@ node by node. The layout of the result is described in `gguf_tools/profile.py`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import re
@@ -26,7 +25,6 @@ import numpy as np
 import typer
 from llama_cpp import _internals as internals
 
-from gguf_tools import quants
 from gguf_tools.activations import NATIVE
 from gguf_tools.convert import convert, plan_conversion
 from gguf_tools.errors import ConversionError
@@ -35,6 +33,7 @@ from gguf_tools.profile import Profile, ProfiledFFN, fingerprint
 from gguf_tools.reader import GGUFFile
 from gguf_tools.sparse import K_VERSION, SILENT, SparseGGUF
 from powerinfer_ext.errors import PowerInferError
+from powerinfer_ext.graph import Tensor, ggml_functions, tensor_values
 from powerinfer_ext.hook import sparse_loading
 from powerinfer_ext.loader import Options
 
@@ -52,44 +51,6 @@ _UP = re.compile(r"^ffn_up-(\d+)$")
 _DENSE = re.compile(r"^ffn_(?:reglu|swiglu|geglu|relu|silu|gelu)-(\d+)$")
 _MIXTURE = re.compile(r"^ffn_moe_(?:reglu|swiglu|geglu|relu|relu_sqr|silu|gelu)-(\d+)$")
 _ROUTED = re.compile(r"^ffn_moe_topk-(\d+)$")
-_DTYPES = {0: np.float32, 26: np.int32}
-
-
-class _Tensor(ctypes.Structure):
-    """struct ggml_tensor (ggml.h) up to its data; `_values` checks it against ggml's own functions."""
-
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-        ("op", ctypes.c_int),
-        ("op_params", ctypes.c_int32 * 16),
-        ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10),
-        ("view_src", ctypes.c_void_p),
-        ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p),
-    ]
-
-
-def _values(ggml: ctypes.CDLL, address: int) -> np.ndarray:
-    """A tensor in host memory, axes in numpy's order, leading axes of one dropped. Not a copy: use it before the
-    callback returns."""
-    tensor = _Tensor.from_address(address)
-    shape, strides = list(tensor.ne)[::-1], list(tensor.nb)[::-1]
-    known = tensor.type in _DTYPES and int(np.prod(shape)) == ggml.ggml_nelements(address)
-    if not known or tensor.data != ggml.ggml_get_data(address):
-        raise PowerInferError(
-            "llama.cpp's tensors are not laid out as expected; run powerinfer doctor to see whether the "
-            "installed llama-cpp-python is supported"
-        )
-    dtype = np.dtype(_DTYPES[tensor.type])
-    span = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + dtype.itemsize
-    array = np.ndarray(shape, dtype, (ctypes.c_char * span).from_address(tensor.data), strides=strides)
-    while array.ndim > 2 and array.shape[0] == 1:
-        array = array[0]
-    return array
 
 
 @dataclass(frozen=True)
@@ -165,13 +126,7 @@ class _Capture:
     error: BaseException | None = None
 
     def __post_init__(self) -> None:
-        self.ggml = quants.library()
-        self.ggml.ggml_get_name.restype = ctypes.c_char_p
-        self.ggml.ggml_get_name.argtypes = [ctypes.c_void_p]
-        self.ggml.ggml_get_data.restype = ctypes.c_void_p
-        self.ggml.ggml_get_data.argtypes = [ctypes.c_void_p]
-        self.ggml.ggml_nelements.restype = ctypes.c_int64
-        self.ggml.ggml_nelements.argtypes = [ctypes.c_void_p]
+        self.ggml = ggml_functions()
         self.ffns = {ffn.unit: ffn for ffn in self.model.ffns}
         self.silent = self.model.activation in SILENT
         self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._call)
@@ -202,7 +157,7 @@ class _Capture:
         elif match := _DENSE.match(name):
             ffn = self.ffns.get(match[1])
             if ffn is not None and self.silent and not self._from_product(ffn):
-                return lambda tensor: self._fired(ffn, _values(self.ggml, tensor) != 0)
+                return lambda tensor: self._fired(ffn, tensor_values(self.ggml, tensor) != 0)
         elif match := _ROUTED.match(name):
             ffn = self.ffns.get(f"{match[1]}_exps")
             if ffn is not None:
@@ -210,7 +165,7 @@ class _Capture:
         elif (match := _MIXTURE.match(name)) and self.silent:
             ffn = self.ffns.get(f"{match[1]}_exps")
             if ffn is not None:
-                return lambda tensor: self._fired_experts(ffn, _values(self.ggml, tensor) != 0)
+                return lambda tensor: self._fired_experts(ffn, tensor_values(self.ggml, tensor) != 0)
         return None
 
     def _add(self, kind: str, ffn: ProfiledFFN, values: np.ndarray) -> None:
@@ -226,8 +181,8 @@ class _Capture:
             )
 
     def _product(self, ffn: ProfiledFFN, address: int) -> None:
-        x = _values(self.ggml, _Tensor.from_address(address).src[1])
-        product = _values(self.ggml, address)
+        x = tensor_values(self.ggml, Tensor.from_address(address).src[1])
+        product = tensor_values(self.ggml, address)
         self._finite(ffn, x, "inputs")
         self._finite(ffn, product, "products")
         if self.keep:
@@ -247,7 +202,7 @@ class _Capture:
 
     def _up(self, ffn: ProfiledFFN, address: int) -> None:
         assert self.magnitudes is not None
-        rows = _values(self.ggml, address)[self.magnitudes]
+        rows = tensor_values(self.ggml, address)[self.magnitudes]
         self._add("up", ffn, np.abs(self._source_order(ffn, rows)).astype(np.float16))
 
     def _source_order(self, ffn: ProfiledFFN, values: np.ndarray) -> np.ndarray:
@@ -261,7 +216,7 @@ class _Capture:
             self._add("bits", ffn, np.packbits(fired, axis=-1))
 
     def _route(self, ffn: ProfiledFFN, address: int) -> None:
-        experts = _values(self.ggml, address).astype(np.int16)
+        experts = tensor_values(self.ggml, address).astype(np.int16)
         self.routed[ffn.unit] = experts
         self._add("experts", ffn, experts)
 

@@ -21,15 +21,53 @@ Handler = Callable[[np.ndarray], None]
 _DTYPES = {0: np.float32, 26: np.int32}  # ggml types of activations and of indices
 
 
-class _Tensor(ctypes.Structure):
-    """The beginning of struct ggml_tensor (ggml.h); `_values` checks it against ggml's own functions."""
+class Tensor(ctypes.Structure):
+    """struct ggml_tensor (ggml.h) up to its data; `tensor_values` checks it against ggml's own functions."""
 
     _fields_ = [
         ("type", ctypes.c_int),
         ("buffer", ctypes.c_void_p),
         ("ne", ctypes.c_int64 * 4),
         ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
     ]
+
+
+def ggml_functions() -> ctypes.CDLL:
+    """ggml with the functions that say what a tensor is, their types declared."""
+    ggml = quants.library()
+    results = {"get_name": ctypes.c_char_p, "get_data": ctypes.c_void_p, "nelements": ctypes.c_int64}
+    for name, result in results.items():
+        function = getattr(ggml, f"ggml_{name}")
+        function.restype, function.argtypes = result, [ctypes.c_void_p]
+    return ggml
+
+
+def tensor_values(ggml: ctypes.CDLL, address: int) -> np.ndarray:
+    """What a tensor in host memory holds, in place: axes in numpy's order, leading axes of one dropped.
+
+    Raises PowerInferError when ggml's tensors are not laid out as declared here.
+    """
+    tensor = Tensor.from_address(address)
+    shape, strides = list(tensor.ne)[::-1], list(tensor.nb)[::-1]
+    known = tensor.type in _DTYPES and int(np.prod(shape)) == ggml.ggml_nelements(address)
+    if not known or tensor.data != ggml.ggml_get_data(address):
+        raise PowerInferError(
+            "llama.cpp's tensors are not laid out as expected; run powerinfer doctor to see whether the "
+            "installed llama-cpp-python is supported"
+        )
+    dtype = np.dtype(_DTYPES[tensor.type])
+    span = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + dtype.itemsize
+    array = np.ndarray(shape, dtype, (ctypes.c_char * span).from_address(tensor.data), strides=strides)
+    while array.ndim > 2 and array.shape[0] == 1:
+        array = array[0]
+    return array
 
 
 class Watcher:
@@ -43,11 +81,7 @@ class Watcher:
     def __init__(self, wanted: Callable[[str], Handler | None]) -> None:
         self._wanted = wanted
         self._error: BaseException | None = None
-        self._ggml = quants.library()
-        results = {"get_name": ctypes.c_char_p, "get_data": ctypes.c_void_p, "nelements": ctypes.c_int64}
-        for name, result in results.items():
-            function = getattr(self._ggml, f"ggml_{name}")
-            function.restype, function.argtypes = result, [ctypes.c_void_p]
+        self._ggml = ggml_functions()
         self.callback = llama_cpp.ggml_backend_sched_eval_callback(self._call)
 
     def check(self) -> None:
@@ -62,24 +96,8 @@ class Watcher:
             if ask:
                 return handler is not None
             if handler is not None:
-                handler(self._values(tensor))
+                handler(tensor_values(self._ggml, tensor))
             return True
         except BaseException as error:
             self._error = error
             return False
-
-    def _values(self, tensor: int) -> np.ndarray:
-        head = _Tensor.from_address(tensor)
-        shape, strides = list(head.ne)[::-1], list(head.nb)[::-1]
-        if head.type not in _DTYPES or int(np.prod(shape)) != self._ggml.ggml_nelements(tensor):
-            raise PowerInferError(
-                "llama.cpp's tensors are not laid out as expected; run powerinfer doctor to see whether the "
-                "installed llama-cpp-python is supported"
-            )
-        dtype = np.dtype(_DTYPES[head.type])
-        span = sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) + dtype.itemsize
-        memory = (ctypes.c_char * span).from_address(self._ggml.ggml_get_data(tensor))
-        array = np.ndarray(shape, dtype, memory, strides=strides)
-        while array.ndim > 2 and array.shape[0] == 1:
-            array = array[0]
-        return array
