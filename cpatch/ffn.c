@@ -416,7 +416,7 @@ static void run_ready(enum pass pass, struct work *w, const struct block *block,
                       float *tmp, int32_t *late, int32_t *n_late, struct tally *tally) {
     const int expert = block->rows[0].expert;
     if (w->store != NULL) {
-        (void)flash_progress(w->store->flash, false);
+        (void)flash_progress(w->store->flash);
         if (pass == PASS_UP) n = split_late(w, expert, batch, n, late, n_late);
         else if (!wait_for(w, expert, batch, n)) return;
     }
@@ -498,7 +498,7 @@ static void begin_wave(struct work *w, int64_t from) {
         const int n = store_want(w->store, w->units + got, (int)(end - got), false);
         got += n;
         store_flush(w->store);
-        if (got == end || flash_progress(w->store->flash, true) || n > 0) continue;
+        if (got == end || flash_wait(w->store->flash, flash_generation(w->store->flash)) || n > 0) continue;
         /* Nothing is on its way, so slots are what is missing: an earlier evaluation that failed has left some that
          * seem to be needed. A new round forgets them; what this wave wanted so far is all there and is wanted again. */
         store_begin(w->store);
@@ -822,7 +822,7 @@ enum ffn_result ffn_each_bundle(const struct pi_layer *layer, void (*visit)(int6
             if (store_want(store, units, 1, false) == 0) break;
         }
         store_flush(store);
-        if (end == u && !flash_progress(store->flash, true)) store_begin(store);
+        if (end == u && !flash_wait(store->flash, flash_generation(store->flash))) store_begin(store);
         for (int32_t i = u; i < end && result == FFN_OK; i++) {
             if (store_wait(store, (uint32_t)i) != 0) result = FFN_READ_FAILED;
             else visit(i, context);

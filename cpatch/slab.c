@@ -171,7 +171,7 @@ static void feed(struct product *p) {
     store_flush(store);
     if (fed == before && atomic_load(&p->finished) == fed) {
         /* Nobody uses a slot and still there is none: an evaluation that failed left some that seem to be needed. */
-        (void)flash_progress(store->flash, false);
+        (void)flash_progress(store->flash);
         store_begin(store);
     }
     atomic_store(&p->fed, fed);
@@ -218,25 +218,28 @@ static bool work_on(struct product *p, struct task *task) {
     return some;
 }
 
-/* One thread: whatever has arrived, until everything is computed or a read has failed. */
+/* One thread: whatever has arrived, until nothing is left to take or a read has failed. */
 static void run_thread(struct product *p) {
     struct store *store = p->slab->store;
-    while (atomic_load(&p->finished) < p->n_tasks && !atomic_load_explicit(&p->failed, memory_order_relaxed)) {
+    for (bool left = true; left && !atomic_load_explicit(&p->failed, memory_order_relaxed);) {
         bool some = false;
+        const uint32_t generation = flash_generation(store->flash);
         const int fed = atomic_load(&p->fed);
+        left = fed < p->n_tasks;
         for (int i = 0; i < fed; i++) {
             struct task *task = &p->tasks[i];
             if (atomic_load_explicit(&task->next, memory_order_relaxed) >= p->n_chunks) continue;
+            left = true;
             if (store_ready(store, (uint32_t)task->unit)) {
                 some |= work_on(p, task);
-            } else if (atomic_load(&store->slot_of[task->unit]) < 0 && atomic_load(&task->done) == 0) {
+            } else if (atomic_load(&store->slot_of[task->unit]) < 0 && atomic_load(&task->next) == 0) {
                 atomic_store(&p->failed, 1);
             }
-            (void)flash_progress(store->flash, false);
+            (void)flash_progress(store->flash);
         }
-        if (some) continue;
+        if (some || !left) continue;
         feed(p);
-        if (atomic_load(&p->finished) < p->n_tasks) store_sleep(store);
+        store_sleep(store, generation);
     }
 }
 
@@ -341,7 +344,7 @@ enum ffn_result slab_get_rows(struct pi_slab *slab, const int32_t *ids, int n, f
             end = i + store_want(store, ids + i, n - i, false);
             store_flush(store);
             if (end > i) break;
-            if (!flash_progress(store->flash, true)) store_begin(store);
+            if (!flash_wait(store->flash, flash_generation(store->flash))) store_begin(store);
         }
         for (int k = i; k < end && result == FFN_OK; k++) {
             if (store_wait(store, (uint32_t)ids[k]) != 0) result = FFN_READ_FAILED;
@@ -363,7 +366,7 @@ enum ffn_result slab_copy(struct pi_slab *slab, uint8_t *dst) {
     for (int32_t u = 0; u < (int32_t)store->spec.n_units && result == FFN_OK; u++) {
         store_begin(store);
         while (store_want(store, &u, 1, false) == 0) {
-            if (!flash_progress(store->flash, true)) store_begin(store);
+            if (!flash_wait(store->flash, flash_generation(store->flash))) store_begin(store);
         }
         store_flush(store);
         if (store_wait(store, (uint32_t)u) != 0) result = FFN_READ_FAILED;

@@ -10,6 +10,10 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#endif
 
 enum {
     MAX_PENDING = 4096,  /* reads queued or in flight */
@@ -42,7 +46,27 @@ struct flash {
     int error, error_file;
     uint64_t error_offset;
     atomic_bool stale;
+    atomic_flag sleeper;         /* a thread sleeps on the device */
+    _Atomic uint32_t generation; /* counts collections: others wait for it to change */
 };
+
+/* Sleeps while *word is value, for a millisecond at most: who changes it may have been too early to wake us. */
+static void sleep_until_changed(_Atomic uint32_t *word, uint32_t value) {
+#ifdef __linux__
+    const struct timespec most = {0, 1000000};
+    (void)syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, &most, NULL, 0);
+#else
+    if (atomic_load(word) == value) sched_yield();
+#endif
+}
+
+static void wake(_Atomic uint32_t *word) {
+#ifdef __linux__
+    (void)syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, INT32_MAX, NULL, NULL, 0);
+#else
+    (void)word;
+#endif
+}
 
 static void lock(struct flash *f) {
     while (atomic_flag_test_and_set_explicit(&f->lock, memory_order_acquire)) sched_yield();
@@ -117,6 +141,7 @@ struct flash *flash_open(const int *fds, int n_files, const struct flash_options
     if (f->options.depth < 1) f->options.depth = DEFAULT_DEPTH;
     if (f->options.run < 4096) f->options.run = 4096;
     atomic_flag_clear(&f->lock);
+    atomic_flag_clear(&f->sleeper);
     f->fds = calloc((size_t)n_files, sizeof *f->fds);
     f->stats = calloc((size_t)n_files, sizeof *f->stats);
     if (f->fds == NULL || f->stats == NULL) {
@@ -229,17 +254,42 @@ static void complete(struct flash *f, const struct io_done *done) {
     f->free_pending[f->n_free_pending++] = (int)done->tag;
 }
 
-bool flash_progress(struct flash *f, bool wait) {
-    struct io_done done[MAX_BATCH];
-    if (atomic_flag_test_and_set_explicit(&f->lock, memory_order_acquire)) {
-        if (wait) sched_yield(); /* somebody else is at it */
-        return false;
-    }
-    pump(f);
-    const int n = io_poll(f->io, done, MAX_BATCH, wait);
+/* Serves what was collected. Call with the lock held. */
+static void serve(struct flash *f, const struct io_done *done, int n) {
     for (int i = 0; i < n; i++) complete(f, &done[i]);
-    if (n > 0) pump(f);
+    pump(f);
+    if (n > 0) atomic_fetch_add(&f->generation, 1);
+}
+
+uint32_t flash_generation(const struct flash *f) {
+    return atomic_load(&f->generation);
+}
+
+bool flash_progress(struct flash *f) {
+    struct io_done done[MAX_BATCH];
+    if (atomic_flag_test_and_set_explicit(&f->lock, memory_order_acquire)) return false; /* somebody else is at it */
+    pump(f);
+    const int n = io_poll(f->io, done, MAX_BATCH, false);
+    serve(f, done, n);
     unlock(f);
+    if (n > 0) wake(&f->generation);
+    return n > 0;
+}
+
+bool flash_wait(struct flash *f, uint32_t generation) {
+    struct io_done done[MAX_BATCH];
+    if (flash_generation(f) != generation || flash_progress(f)) return true;
+    /* One thread sleeps on the device, without the lock, the others until that one has collected something. */
+    if (atomic_flag_test_and_set(&f->sleeper)) {
+        sleep_until_changed(&f->generation, generation);
+        return true;
+    }
+    const int n = io_poll(f->io, done, MAX_BATCH, true);
+    lock(f);
+    serve(f, done, n);
+    unlock(f);
+    atomic_flag_clear(&f->sleeper);
+    if (n > 0) wake(&f->generation);
     return n > 0;
 }
 
@@ -477,24 +527,26 @@ static uint64_t now_ns(void) {
 }
 
 int store_wait(struct store *s, uint32_t unit) {
-    if (atomic_load_explicit(&s->flash->stale, memory_order_relaxed)) return -1;
+    if (flash_stale(s->flash)) return -1;
     if (store_ready(s, unit)) return 0;
     const uint64_t start = now_ns();
     int result = 0;
-    while (!store_ready(s, unit)) {
+    for (;;) {
+        const uint32_t generation = flash_generation(s->flash);
+        if (store_ready(s, unit)) break;
         if (atomic_load_explicit(&s->slot_of[unit], memory_order_acquire) < 0) { /* its read failed */
             result = -1;
             break;
         }
-        (void)flash_progress(s->flash, true);
+        (void)flash_wait(s->flash, generation);
     }
     s->counters.wait_ns += now_ns() - start;
     return result;
 }
 
-void store_sleep(struct store *s) {
+void store_sleep(struct store *s, uint32_t generation) {
     const uint64_t start = now_ns();
-    (void)flash_progress(s->flash, true);
+    (void)flash_wait(s->flash, generation);
     s->counters.wait_ns += now_ns() - start;
 }
 
@@ -509,7 +561,7 @@ int store_fill(struct store *s) {
     for (int32_t u = 0; u < (int32_t)n; u++) {
         while (store_want(s, &u, 1, false) == 0) {
             store_flush(s);
-            (void)flash_progress(s->flash, true);
+            (void)flash_wait(s->flash, flash_generation(s->flash));
         }
     }
     store_flush(s);

@@ -34,8 +34,13 @@ struct flash_options {
 struct flash *flash_open(const int *fds, int n_files, const struct flash_options *options, char *err, size_t err_len);
 void flash_close(struct flash *flash); /* after all its stores; NULL is allowed */
 
-/* Collects what has arrived and submits what waits. Returns whether anything was collected. wait: sleep for it. */
-bool flash_progress(struct flash *flash, bool wait);
+/* Collects what has arrived and submits what waits. Cheap when there is nothing. Returns whether anything was collected. */
+bool flash_progress(struct flash *flash);
+
+/* Sleeps until something is collected, by this thread or another, after flash_generation() returned `generation`: read it,
+ * look whether what you need is there, then wait. False: nothing is on its way. */
+uint32_t flash_generation(const struct flash *flash);
+bool flash_wait(struct flash *flash, uint32_t generation);
 
 /* The first failure since the last call: 0, or an errno with the file's index and the offset. ESTALE: changed. */
 int flash_error(struct flash *flash, int *file, uint64_t *offset);
@@ -124,8 +129,8 @@ static inline bool store_ready(const struct store *store, uint32_t unit) {
 /* Waits until a wanted unit is in memory. -1: its read failed. */
 int store_wait(struct store *store, uint32_t unit);
 
-/* Waits for whatever arrives next; counts the time as store_wait() does. */
-void store_sleep(struct store *store);
+/* flash_wait() that counts the time as store_wait() does. */
+void store_sleep(struct store *store, uint32_t generation);
 
 /* The bytes of a unit that is ready. */
 static inline const uint8_t *store_unit(const struct store *store, uint32_t unit) {
