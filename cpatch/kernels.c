@@ -37,6 +37,12 @@ static const struct kernel_level *level(void) {
     return usable[0];
 }
 
+/* Whose sums of columns are used. */
+static const struct kernel_level *columns(void) {
+    const struct kernel_level *found = level();
+    return found->axpys != NULL ? found : kernel_avx2;
+}
+
 const char *kernel_level(void) {
     return level()->name;
 }
@@ -89,13 +95,13 @@ void kernel_dequantize(int type, int64_t n, const void *x, float *y) {
     }
     const uint8_t *col = x;
     memset(y, 0, (size_t)n * sizeof(float));
-    if (!level()->axpys(type, n, &col, NULL, &one, 1, y)) ggml.ggml_get_type_traits(type)->to_float(x, y, n);
+    if (!columns()->axpys(type, n, &col, NULL, &one, 1, y)) ggml.ggml_get_type_traits(type)->to_float(x, y, n);
 }
 
 void kernel_dequantize_scaled(int64_t n, const int8_t *x, const uint16_t *scales, float *y) {
     const uint8_t *col = (const uint8_t *)x;
     memset(y, 0, (size_t)n * sizeof(float));
-    (void)level()->axpys(K_I8_SCALED, n, &col, &scales, &one, 1, y);
+    (void)columns()->axpys(K_I8_SCALED, n, &col, &scales, &one, 1, y);
 }
 
 /* ---- dot products --------------------------------------------------------------------------------------------- */
@@ -127,7 +133,7 @@ void kernel_dots_inputs(int type, int64_t n, const uint8_t *row, const void *con
 
 static void axpy_f32(int64_t n, float a, const float *x, float *y) {
     const uint8_t *col = (const uint8_t *)x;
-    (void)level()->axpys(ABI_TYPE_F32, n, &col, NULL, &a, 1, y);
+    (void)columns()->axpys(ABI_TYPE_F32, n, &col, NULL, &a, 1, y);
 }
 
 void kernel_add_f32(int64_t n, const float *x, float *y) {
@@ -135,7 +141,7 @@ void kernel_add_f32(int64_t n, const float *x, float *y) {
 }
 
 void kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const float *a, int n_cols, float *y, float *tmp) {
-    if (level()->axpys(type, n, cols, NULL, a, n_cols, y)) return;
+    if (columns()->axpys(type, n, cols, NULL, a, n_cols, y)) return;
     for (int k = 0; k < n_cols; k++) {
         kernel_dequantize(type, n, cols[k], tmp);
         axpy_f32(n, a[k], tmp, y);
@@ -143,14 +149,14 @@ void kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const float *
 }
 
 void kernel_axpys_outputs(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_y, float *tmp) {
-    if (level()->outputs(type, n, col, a, ys, n_y)) return;
+    if (columns()->outputs(type, n, col, a, ys, n_y)) return;
     kernel_dequantize(type, n, col, tmp);
     for (int i = 0; i < n_y; i++) axpy_f32(n, a[i], tmp, ys[i]);
 }
 
 void kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a, int n_cols,
                          float *y) {
-    (void)level()->axpys(K_I8_SCALED, n, cols, scales, a, n_cols, y);
+    (void)columns()->axpys(K_I8_SCALED, n, cols, scales, a, n_cols, y);
 }
 
 void kernel_axpys_outputs_scaled(int64_t n, const uint8_t *col, const uint16_t *scales, const float *a, float *const *ys,

@@ -16,7 +16,6 @@
 typedef __m256i vb, vi;
 typedef __m256 vf;
 typedef struct { __m256i half_block[2]; } factors;
-typedef struct { __m256 scale, minimum; } nibble_table;
 #include "kernels_x86.h"
 
 PRIMITIVE short word(const uint8_t *p) {
@@ -56,6 +55,8 @@ PRIMITIVE float sum_f(vf v) {
 PRIMITIVE vi zero_i(void) { return _mm256_setzero_si256(); }
 PRIMITIVE vi negate(vi v) { return _mm256_sub_epi32(_mm256_setzero_si256(), v); }
 PRIMITIVE vb same_bytes(int b) { return _mm256_set1_epi8((char)b); }
+PRIMITIVE void store_b(uint8_t *p, vb v) { _mm256_storeu_si256((__m256i *)p, v); }
+PRIMITIVE vb minus(vb a, vb b) { return _mm256_sub_epi8(a, b); }
 PRIMITIVE vb low_nibbles(vb v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 PRIMITIVE vb high_nibbles(vb v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
 PRIMITIVE vb lookup(const uint8_t *table, vb v) {
@@ -105,26 +106,6 @@ PRIMITIVE vi dot_factor(vi sum, vb w, vb x, factors f, int v) {
 }
 PRIMITIVE vi dot_16(v16 a, const uint8_t *sums) { return dot_16_ints(a, sums); }
 PRIMITIVE vi minus_32_times(vi a, vi b) { return _mm256_sub_epi32(a, _mm256_slli_epi32(b, 5)); }
-
-PRIMITIVE void bytes_to_floats(v16 q, vf *out) {
-    out[0] = to_float(_mm256_cvtepi8_epi32(q));
-    out[1] = to_float(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(q, q)));
-}
-PRIMITIVE nibble_table low_table(float scale, float minimum) { return (nibble_table){same_f(scale), same_f(minimum)}; }
-#define high_table low_table
-#define HIGH_NIBBLE 1.0f
-PRIMITIVE void nibbles_minus_8(const uint8_t *p, vf *lo, vf *hi) {
-    const v16 q = load_16(p), eight = _mm_set1_epi8(8);
-    bytes_to_floats(_mm_sub_epi8(low_nibbles_16(q), eight), lo);
-    bytes_to_floats(_mm_sub_epi8(high_nibbles_16(q), eight), hi);
-}
-PRIMITIVE void nibbles_to_floats(const uint8_t *p, nibble_table low, nibble_table high, vf *lo, vf *hi) {
-    const v16 q = load_16(p);
-    bytes_to_floats(low_nibbles_16(q), lo);
-    bytes_to_floats(high_nibbles_16(q), hi);
-    for (int i = 0; i < 2; i++) lo[i] = fma_f(low.scale, lo[i], low.minimum);
-    for (int i = 0; i < 2; i++) hi[i] = fma_f(high.scale, hi[i], high.minimum);
-}
 
 #include "kernels_template.h"
 const struct kernel_level *const kernel_avx2 = &level;

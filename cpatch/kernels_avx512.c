@@ -15,18 +15,13 @@
 
 #define LANES 4
 #define WIDTH 16
-#ifndef ROWS
 #define ROWS 4
-#endif
-#ifndef COLUMNS
-#define COLUMNS 4
-#endif
+#define DOTS_ONLY
 #define PRIMITIVE static inline __attribute__((always_inline))
 
 typedef __m512i vb, vi;
 typedef __m512 vf;
 typedef __m512i factors;
-typedef struct { __m512 scale_or_values, minimum; } nibble_table;
 #include "kernels_x86.h"
 
 /* 8 halves, stride bytes apart, times factor, out of 128 bytes at a time. */
@@ -46,10 +41,7 @@ PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float factor, float *ou
 
 PRIMITIVE vf zero_f(void) { return _mm512_setzero_ps(); }
 PRIMITIVE vf same_f(float a) { return _mm512_set1_ps(a); }
-PRIMITIVE vf load_f(const float *p) { return _mm512_loadu_ps(p); }
-PRIMITIVE void store_f(float *p, vf v) { _mm512_storeu_ps(p, v); }
 PRIMITIVE vf fma_f(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
-PRIMITIVE vf mul_f(vf a, vf b) { return _mm512_mul_ps(a, b); }
 PRIMITIVE vf load_f32(const uint8_t *p) { return _mm512_loadu_ps(p); }
 PRIMITIVE vf load_f16(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 PRIMITIVE vf load_bf16(const uint8_t *p) {
@@ -57,7 +49,6 @@ PRIMITIVE vf load_bf16(const uint8_t *p) {
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
 PRIMITIVE vf to_float(vi v) { return _mm512_cvtepi32_ps(v); }
-PRIMITIVE vf load_i8(const uint8_t *p) { return to_float(_mm512_cvtepi8_epi32(load_16(p))); }
 PRIMITIVE float sum_f(vf v) { return _mm512_reduce_add_ps(v); }
 
 PRIMITIVE vi zero_i(void) { return _mm512_setzero_si512(); }
@@ -122,27 +113,6 @@ PRIMITIVE vi dot_factor(vi sum, vb w, vb x, factors f, int v) {
 }
 PRIMITIVE vi dot_16(v16 a, const uint8_t *sums) { return _mm512_zextsi256_si512(dot_16_ints(a, sums)); }
 PRIMITIVE vi minus_32_times(vi a, vi b) { return _mm512_sub_epi32(a, _mm512_slli_epi32(b, 5)); }
-
-PRIMITIVE void bytes_to_floats(v16 q, vf *out) { out[0] = to_float(_mm512_cvtepi8_epi32(q)); }
-/* Nibbles: the low one indexes a table of 16 floats, the high one is converted, still times 16: the ports that
- * permute are the busiest. */
-PRIMITIVE void nibbles_minus_8(const uint8_t *p, vf *lo, vf *hi) {
-    const __m512i q = _mm512_cvtepi8_epi32(_mm_xor_si128(load_16(p), _mm_set1_epi8((char)0x88))); /* two's complement */
-    const vf values = _mm512_set_ps(-1, -2, -3, -4, -5, -6, -7, -8, 7, 6, 5, 4, 3, 2, 1, 0);
-    lo[0] = _mm512_permutexvar_ps(q, values);
-    hi[0] = to_float(_mm512_srai_epi32(q, 4));
-}
-#define HIGH_NIBBLE 0.0625f
-PRIMITIVE nibble_table low_table(float scale, float minimum) {
-    const vf values = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return (nibble_table){fma_f(same_f(scale), values, same_f(minimum)), zero_f()};
-}
-PRIMITIVE nibble_table high_table(float scale, float minimum) { return (nibble_table){same_f(scale), same_f(minimum)}; }
-PRIMITIVE void nibbles_to_floats(const uint8_t *p, nibble_table low, nibble_table high, vf *lo, vf *hi) {
-    const __m512i q = _mm512_cvtepu8_epi32(load_16(p));
-    lo[0] = _mm512_permutexvar_ps(q, low.scale_or_values);
-    hi[0] = fma_f(high.scale_or_values, to_float(_mm512_and_si512(q, _mm512_set1_epi32(0xf0))), high.minimum);
-}
 
 #include "kernels_template.h"
 #ifdef WITH_VNNI

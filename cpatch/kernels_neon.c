@@ -16,7 +16,6 @@ typedef uint8x16_t vb, v16;
 typedef int32x4_t vi;
 typedef float32x4_t vf;
 typedef struct { int8_t f[16]; } factors;
-typedef struct { float scale, minimum; } nibble_table;
 
 PRIMITIVE float half(const uint8_t *p) {
     uint16_t bits;
@@ -54,6 +53,8 @@ PRIMITIVE float sum_f(vf v) { return vaddvq_f32(v); }
 PRIMITIVE vi zero_i(void) { return vdupq_n_s32(0); }
 PRIMITIVE vi negate(vi v) { return vnegq_s32(v); }
 PRIMITIVE vb same_bytes(int b) { return vdupq_n_u8((uint8_t)b); }
+PRIMITIVE void store_b(uint8_t *p, vb v) { vst1q_u8(p, v); }
+PRIMITIVE vb minus(vb a, vb b) { return vsubq_u8(a, b); }
 PRIMITIVE vb low_nibbles(vb v) { return vandq_u8(v, vdupq_n_u8(15)); }
 PRIMITIVE vb high_nibbles(vb v) { return vshrq_n_u8(v, 4); }
 PRIMITIVE vb load_16(const uint8_t *p) { return vld1q_u8(p); }
@@ -62,19 +63,16 @@ PRIMITIVE vb lanes(const uint8_t *p, size_t stride) { (void)stride; return vld1q
 PRIMITIVE vb lanes_of_pairs(const uint8_t *p) { return vld1q_u8(p); }
 PRIMITIVE vb lane_pairs(const uint8_t *p) { return vld1q_u8(p); }
 PRIMITIVE vb shift_right(vb v, int count) { return vshlq_u8(v, vdupq_n_s8((int8_t)-count)); }
-PRIMITIVE vb add_bit_16(vb q, vb bits, int bit) {
-    return vorrq_u8(q, vshlq_n_u8(vandq_u8(shift_right(bits, bit), vdupq_n_u8(1)), 4));
+PRIMITIVE vb add_bit(vb q, vb bits, int first, int second) {
+    (void)second;
+    return vorrq_u8(q, vshlq_n_u8(vandq_u8(shift_right(bits, first), vdupq_n_u8(1)), 4));
 }
-PRIMITIVE vb add_two_bits_16(vb q, vb bits, int bit) {
-    return vorrq_u8(q, vshlq_n_u8(vandq_u8(shift_right(bits, bit), vdupq_n_u8(3)), 4));
+PRIMITIVE vb add_two_bits(vb q, vb bits, int first, int second) {
+    (void)second;
+    return vorrq_u8(q, vshlq_n_u8(vandq_u8(shift_right(bits, first), vdupq_n_u8(3)), 4));
 }
-PRIMITIVE vb add_bit(vb q, vb bits, int first, int second) { (void)second; return add_bit_16(q, bits, first); }
-PRIMITIVE vb add_two_bits(vb q, vb bits, int first, int second) { (void)second; return add_two_bits_16(q, bits, first); }
 PRIMITIVE vb low_8(uint64_t bytes) { return vcombine_u8(vcreate_u8(bytes), vcreate_u8(0)); }
 PRIMITIVE vb shuffle_16(vb v, const uint8_t *order) { return vqtbl1q_u8(v, vld1q_u8(order)); }
-PRIMITIVE vb lookup_16(vb table, vb v) { return vqtbl1q_u8(table, v); }
-PRIMITIVE vb low_nibbles_16(vb v) { return low_nibbles(v); }
-PRIMITIVE vb high_nibbles_16(vb v) { return high_nibbles(v); }
 
 /* The sums need not be those of 4 neighbours; any 4 lanes of int32 do. */
 PRIMITIVE vi dot(vi sum, vb w, vb x) {
@@ -106,34 +104,19 @@ PRIMITIVE vi dot_16(v16 a, const uint8_t *sums) {
 }
 PRIMITIVE vi minus_32_times(vi a, vi b) { return vmlsq_n_s32(a, b, 32); }
 
-/* out[0..8) = each signed byte times even or odd, by its position. */
-PRIMITIVE void scale_bytes(uint64_t bytes, float even, float odd, float *out) {
+/* 2 to the power of 8 bytes, stride bytes apart, minus 128, times factor; subnormals included. */
+PRIMITIVE void powers_8(const uint8_t *p, size_t stride, float factor, float *out) {
+    for (int i = 0; i < 8; i++) {
+        const uint32_t e = p[(size_t)i * stride], bits = e < 2 ? 0x00200000u << e : (e - 1) << 23;
+        memcpy(out + i, &bits, 4);
+        out[i] *= factor;
+    }
+}
+/* out[0..8) = d * each signed byte. */
+PRIMITIVE void scale_bytes(uint64_t bytes, float d, float *out) {
     const int16x8_t wide = vmovl_s8(vcreate_s8(bytes));
-    const vf d = {even, odd, even, odd};
-    vst1q_f32(out, vmulq_f32(to_float(vmovl_s16(vget_low_s16(wide))), d));
-    vst1q_f32(out + 4, vmulq_f32(to_float(vmovl_high_s16(wide)), d));
-}
-PRIMITIVE void bytes_to_floats(v16 q, vf *out) {
-    const int16x8_t low = vmovl_s8(vget_low_s8(vreinterpretq_s8_u8(q))), high = vmovl_high_s8(vreinterpretq_s8_u8(q));
-    out[0] = to_float(vmovl_s16(vget_low_s16(low)));
-    out[1] = to_float(vmovl_high_s16(low));
-    out[2] = to_float(vmovl_s16(vget_low_s16(high)));
-    out[3] = to_float(vmovl_high_s16(high));
-}
-PRIMITIVE nibble_table low_table(float scale, float minimum) { return (nibble_table){scale, minimum}; }
-#define high_table low_table
-#define HIGH_NIBBLE 1.0f
-PRIMITIVE void nibbles_minus_8(const uint8_t *p, vf *lo, vf *hi) {
-    const v16 q = load_16(p), eight = vdupq_n_u8(8);
-    bytes_to_floats(vsubq_u8(low_nibbles_16(q), eight), lo);
-    bytes_to_floats(vsubq_u8(high_nibbles_16(q), eight), hi);
-}
-PRIMITIVE void nibbles_to_floats(const uint8_t *p, nibble_table low, nibble_table high, vf *lo, vf *hi) {
-    const v16 q = load_16(p);
-    bytes_to_floats(low_nibbles_16(q), lo);
-    bytes_to_floats(high_nibbles_16(q), hi);
-    for (int i = 0; i < 4; i++) lo[i] = fma_f(same_f(low.scale), lo[i], same_f(low.minimum));
-    for (int i = 0; i < 4; i++) hi[i] = fma_f(same_f(high.scale), hi[i], same_f(high.minimum));
+    vst1q_f32(out, vmulq_n_f32(to_float(vmovl_s16(vget_low_s16(wide))), d));
+    vst1q_f32(out + 4, vmulq_n_f32(to_float(vmovl_high_s16(wide)), d));
 }
 
 #include "kernels_template.h"

@@ -18,7 +18,6 @@ typedef vb v16;
 typedef struct { int32_t i[4]; } vi;
 typedef struct { float f[4]; } vf;
 typedef struct { int8_t f[16]; } factors;
-typedef struct { float scale, minimum; } nibble_table;
 
 /* Half to single; subnormals, infinities and NaN included. */
 PRIMITIVE float half(const uint8_t *p) {
@@ -36,9 +35,15 @@ PRIMITIVE float half(const uint8_t *p) {
 }
 PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float factor, float *out) { EACH(8) out[i] = half(p + (size_t)i * stride) * factor; }
 
-PRIMITIVE void scale_bytes(uint64_t bytes, float even, float odd, float *out) {
-    EACH(8) out[i] = (i % 2 ? odd : even) * (float)(int8_t)(bytes >> 8 * i);
+/* 2 to the power of 8 bytes, stride bytes apart, minus 128, times factor; subnormals included. */
+PRIMITIVE void powers_8(const uint8_t *p, size_t stride, float factor, float *out) {
+    for (int i = 0; i < 8; i++) {
+        const uint32_t e = p[(size_t)i * stride], bits = e < 2 ? 0x00200000u << e : (e - 1) << 23;
+        memcpy(out + i, &bits, 4);
+        out[i] *= factor;
+    }
 }
+PRIMITIVE void scale_bytes(uint64_t bytes, float d, float *out) { EACH(8) out[i] = d * (float)(int8_t)(bytes >> 8 * i); }
 
 PRIMITIVE vf zero_f(void) { return (vf){{0}}; }
 PRIMITIVE vf same_f(float a) { return (vf){{a, a, a, a}}; }
@@ -64,6 +69,8 @@ PRIMITIVE float sum_f(vf v) { return (v.f[0] + v.f[2]) + (v.f[1] + v.f[3]); }
 PRIMITIVE vi zero_i(void) { return (vi){{0}}; }
 PRIMITIVE vi negate(vi v) { EACH(4) v.i[i] = -v.i[i]; return v; }
 PRIMITIVE vb same_bytes(int b) { vb v; EACH(16) v.b[i] = (uint8_t)b; return v; }
+PRIMITIVE void store_b(uint8_t *p, vb v) { memcpy(p, v.b, 16); }
+PRIMITIVE vb minus(vb a, vb b) { EACH(16) a.b[i] = (uint8_t)(a.b[i] - b.b[i]); return a; }
 PRIMITIVE vb low_nibbles(vb v) { EACH(16) v.b[i] &= 15; return v; }
 PRIMITIVE vb high_nibbles(vb v) { EACH(16) v.b[i] >>= 4; return v; }
 PRIMITIVE vb load_16(const uint8_t *p) { vb v; memcpy(v.b, p, 16); return v; }
@@ -71,15 +78,18 @@ PRIMITIVE vb lookup(const uint8_t *table, vb v) { EACH(16) v.b[i] = table[v.b[i]
 PRIMITIVE vb lanes(const uint8_t *p, size_t stride) { (void)stride; return load_16(p); }
 PRIMITIVE vb lanes_of_pairs(const uint8_t *p) { return load_16(p); }
 PRIMITIVE vb lane_pairs(const uint8_t *p) { return load_16(p); }
-PRIMITIVE vb add_bit_16(vb q, vb bits, int bit) { EACH(16) q.b[i] |= (bits.b[i] >> bit & 1) << 4; return q; }
-PRIMITIVE vb add_two_bits_16(vb q, vb bits, int bit) { EACH(16) q.b[i] |= (bits.b[i] >> bit & 3) << 4; return q; }
-PRIMITIVE vb add_bit(vb q, vb bits, int first, int second) { (void)second; return add_bit_16(q, bits, first); }
-PRIMITIVE vb add_two_bits(vb q, vb bits, int first, int second) { (void)second; return add_two_bits_16(q, bits, first); }
+PRIMITIVE vb add_bit(vb q, vb bits, int first, int second) {
+    (void)second;
+    EACH(16) q.b[i] |= (bits.b[i] >> first & 1) << 4;
+    return q;
+}
+PRIMITIVE vb add_two_bits(vb q, vb bits, int first, int second) {
+    (void)second;
+    EACH(16) q.b[i] |= (bits.b[i] >> first & 3) << 4;
+    return q;
+}
 PRIMITIVE vb low_8(uint64_t bytes) { vb v = {{0}}; EACH(8) v.b[i] = (uint8_t)(bytes >> 8 * i); return v; }
 PRIMITIVE vb shuffle_16(vb v, const uint8_t *order) { vb s; EACH(16) s.b[i] = v.b[order[i]]; return s; }
-PRIMITIVE vb lookup_16(vb table, vb v) { return lookup(table.b, v); }
-PRIMITIVE vb low_nibbles_16(vb v) { return low_nibbles(v); }
-PRIMITIVE vb high_nibbles_16(vb v) { return high_nibbles(v); }
 
 PRIMITIVE vi dot(vi sum, vb w, vb x) { EACH(16) sum.i[i % 4] += (int8_t)w.b[i] * (int8_t)x.b[i]; return sum; }
 PRIMITIVE vb signed_weights(vb w) { return w; }
@@ -99,22 +109,6 @@ PRIMITIVE vi dot_16(v16 a, const uint8_t *sums) {
     return sum;
 }
 PRIMITIVE vi minus_32_times(vi a, vi b) { EACH(4) a.i[i] -= 32 * b.i[i]; return a; }
-
-PRIMITIVE void bytes_to_floats(v16 q, vf *out) { EACH(16) out[i / 4].f[i % 4] = (float)(int8_t)q.b[i]; }
-PRIMITIVE nibble_table low_table(float scale, float minimum) { return (nibble_table){scale, minimum}; }
-#define high_table low_table
-#define HIGH_NIBBLE 1.0f
-PRIMITIVE void nibbles_minus_8(const uint8_t *p, vf *lo, vf *hi) {
-    EACH(16) lo[i / 4].f[i % 4] = (float)((p[i] & 15) - 8);
-    EACH(16) hi[i / 4].f[i % 4] = (float)((p[i] >> 4) - 8);
-}
-PRIMITIVE void nibbles_to_floats(const uint8_t *p, nibble_table low, nibble_table high, vf *lo, vf *hi) {
-    const v16 q = load_16(p);
-    bytes_to_floats(low_nibbles_16(q), lo);
-    bytes_to_floats(high_nibbles_16(q), hi);
-    EACH(4) lo[i] = fma_f(same_f(low.scale), lo[i], same_f(low.minimum));
-    EACH(4) hi[i] = fma_f(same_f(high.scale), hi[i], same_f(high.minimum));
-}
 
 #include "kernels_template.h"
 const struct kernel_level *const kernel_portable = &level;

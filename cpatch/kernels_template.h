@@ -1,6 +1,7 @@
 /* kernels_template.h - the kernels, once for every instruction set; included at the end of each kernels_LEVEL.c.
  *
- * The including file defines NAME, NAME_STRING, ROWS and COLUMNS (how many per pass), and primitives on
+ * The including file defines NAME, ROWS and COLUMNS (how many per pass), DOTS_ONLY where another level's sums of
+ * columns are to be used, and primitives on
  *   vb  LANES lanes of 16 bytes     vi  4 * LANES int32     vf  WIDTH = 4 * LANES floats     v16  16 bytes
  *
  * Dot products of quantised rows are sums of 16-byte lanes: with 32 values per block, lane k of one vector holds the
@@ -27,8 +28,8 @@ enum { CHUNK = 8, /* blocks of 32 values between prefetches; their scales are co
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-/* e2m1 values, doubled (gguf: MXFP4.kvalues). */
-static const int8_t mxfp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+/* e2m1 values, doubled (gguf: MXFP4.kvalues), plus 12. */
+static const uint8_t mxfp4_plus_12[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 INLINE size_t block_size(int type) {
     return type == K_Q4_0 ? Q4_0_SIZE : type == K_Q8_0 ? Q8_0_SIZE : type == K_MXFP4 ? MXFP4_SIZE
@@ -45,21 +46,10 @@ INLINE void fetch_next(const uint8_t *const *rows, int count, int left, size_t a
     }
 }
 
-/* The scales of count <= CHUNK blocks, as floats, times factor. */
-INLINE void block_scales(int type, const uint8_t *blocks, int count, float factor, float *out) {
-    if (type == K_MXFP4) {
-        NO_UNROLL for (int b = 0; b < count; b++) { /* a power of two, halved: the values are doubled */
-            const uint32_t e = blocks[b * MXFP4_SIZE];
-            const uint32_t bits = e < 2 ? 0x00200000u << e : (e - 1) << 23;
-            float d;
-            memcpy(&d, &bits, 4);
-            out[b] = d * factor;
-        }
-        return;
-    }
-    const size_t size = block_size(type);
-    if (count == CHUNK) halves_8(blocks, size, factor, out);
-    else NO_UNROLL for (int b = 0; b < count; b++) out[b] = half(blocks + (size_t)b * size) * factor;
+/* The scales of a chunk's blocks, as floats, times factor. */
+INLINE void block_scales(int type, const uint8_t *blocks, float factor, float *out) {
+    if (type == K_MXFP4) powers_8(blocks, MXFP4_SIZE, factor, out);
+    else halves_8(blocks, block_size(type), factor, out);
 }
 
 /* ---- dot products: 32 values per block ---------------------------------------------------------------------- */
@@ -80,10 +70,8 @@ INLINE void block_values(int type, const uint8_t *blocks, vb *lo, vb *hi) {
     *lo = low_nibbles(q);
     *hi = high_nibbles(q);
     if (type == K_MXFP4) {
-        uint8_t table[16];
-        for (int i = 0; i < 16; i++) table[i] = (uint8_t)(mxfp4_values[i] + 12);
-        *lo = lookup(table, *lo);
-        *hi = lookup(table, *hi);
+        *lo = lookup(mxfp4_plus_12, *lo);
+        *hi = lookup(mxfp4_plus_12, *hi);
     }
 }
 
@@ -95,9 +83,9 @@ INLINE vi block_dot(int type, vi sum, vb w, vb x) {
 INLINE void dots_chunk(int type, const uint8_t *const w[], int R, const uint8_t *const x[], int X, vf *acc) {
     const size_t size = block_size(type);
     const int bias = block_bias(type);
-    float dw[ROWS][CHUNK], dx[ROWS][CHUNK];
-    UNROLL for (int r = 0; r < R; r++) block_scales(type, w[r], CHUNK, 1.0f, dw[r]);
-    UNROLL for (int i = 0; i < X; i++) block_scales(K_Q8_0, x[i], CHUNK, 1.0f, dx[i]);
+    _Alignas(64) float dw[ROWS][CHUNK], dx[ROWS][CHUNK];
+    UNROLL for (int r = 0; r < R; r++) block_scales(type, w[r], 1.0f, dw[r]);
+    UNROLL for (int i = 0; i < X; i++) block_scales(K_Q8_0, x[i], 1.0f, dx[i]);
     UNROLL for (int b = 0; b < CHUNK; b += LANES) {
         vb x_lo[ROWS], x_hi[ROWS];
         vi start[ROWS];
@@ -317,8 +305,10 @@ static bool dots(int type, int64_t n, const uint8_t *const *rows, int n_rows, co
 
 /* ---- sums of columns ------------------------------------------------------------------------------------------ */
 
+#ifndef DOTS_ONLY
+
 /* y[0..32) += factor * w[0..32) for C columns c in turn; w: BLOCK_VECTORS each. */
-#define ADD_32(y, factor_of_c, C, w_of_c)                                                                                     \
+#define ADD_32(y, factor_of_c, C, w_of_c)                                                                              \
     do {                                                                                                             \
         vf sums[BLOCK_VECTORS];                                                                                      \
         UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) sums[i] = load_f((y) + i * WIDTH);                            \
@@ -330,53 +320,74 @@ static bool dots(int type, int64_t n, const uint8_t *const *rows, int n_rows, co
         UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) store_f((y) + i * WIDTH, sums[i]);                            \
     } while (0)
 
-/* The 32 integers of a block, as floats. */
-INLINE void block_integers(int type, const uint8_t *block, vf *out) {
-    if (type == K_Q4_0) {
-        nibbles_minus_8(block + 2, out, out + HALF_VECTORS);
-    } else if (type == K_Q8_0) {
-        UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) out[i] = load_i8(block + 2 + i * WIDTH);
-    } else {
-        const v16 q = load_16(block + 1), table = load_16((const uint8_t *)mxfp4_values);
-        bytes_to_floats(lookup_16(table, low_nibbles_16(q)), out);
-        bytes_to_floats(lookup_16(table, high_nibbles_16(q)), out + HALF_VECTORS);
+/* The integers of a chunk: where those of block b begin, in halves that lie *apart bytes from each other. */
+INLINE const uint8_t *block_bytes(int type, const uint8_t *chunk, const uint8_t *unpacked, int b, int *apart) {
+    *apart = type == K_Q8_0 ? 16 : LANES * 16;
+    if (type == K_Q8_0) return chunk + b * Q8_0_SIZE + 2;
+    return unpacked + b / LANES * LANES * 32 + b % LANES * 16;
+}
+
+INLINE void unpack_chunk(int type, const uint8_t *chunk, uint8_t *unpacked) {
+    UNROLL for (int b = 0; b < CHUNK && type != K_Q8_0; b += LANES) {
+        vb lo, hi;
+        block_values(type, chunk + (size_t)b * block_size(type), &lo, &hi);
+        store_b(unpacked + b * 32, minus(lo, same_bytes(block_bias(type))));
+        store_b(unpacked + b * 32 + LANES * 16, minus(hi, same_bytes(block_bias(type))));
+    }
+}
+
+INLINE void load_32(const uint8_t *bytes, int apart, vf *out) {
+    UNROLL for (int i = 0; i < HALF_VECTORS; i++) out[i] = load_i8(bytes + i * WIDTH);
+    UNROLL for (int i = 0; i < HALF_VECTORS; i++) out[HALF_VECTORS + i] = load_i8(bytes + apart + i * WIDTH);
+}
+
+/* y[0..32 * count) += a chunk of C columns, of which count blocks are there. */
+INLINE void add_chunk(int type, const uint8_t *const chunks[], int C, int count, const float *a, float *y) {
+    _Alignas(64) float d[COLUMNS][CHUNK];
+    _Alignas(64) uint8_t unpacked[COLUMNS][CHUNK * 32];
+    UNROLL for (int c = 0; c < C; c++) {
+        block_scales(type, chunks[c], a[c], d[c]);
+        unpack_chunk(type, chunks[c], unpacked[c]);
+    }
+    for (int b = 0; b < count; b++) {
+        ADD_32(y + b * 32, d[c][b], C, int apart; const uint8_t *q = block_bytes(type, chunks[c], unpacked[c], b, &apart);
+               load_32(q, apart, w));
     }
 }
 
 INLINE void axpys_blocks(int type, int64_t n, const uint8_t *const *cols, int C, int left, const float *a, float *y) {
-    const size_t size = block_size(type);
-    const int blocks = (int)(n / 32);
-    for (int b0 = 0; b0 < blocks; b0 += CHUNK) {
-        const int count = blocks - b0 < CHUNK ? blocks - b0 : CHUNK;
-        const uint8_t *at[COLUMNS];
-        float d[COLUMNS][CHUNK];
-        fetch_next(cols, C, left, (size_t)b0 * size, (size_t)count * size);
-        UNROLL for (int c = 0; c < C; c++) {
-            at[c] = cols[c] + (size_t)b0 * size;
-            block_scales(type, at[c], count, a[c], d[c]);
-        }
-        float *to = y + b0 * 32;
-        for (int b = 0; b < count; b++) {
-            ADD_32(to + b * 32, d[c][b], C, block_integers(type, at[c] + (size_t)b * size, w));
-        }
+    const size_t size = block_size(type), blocks = (size_t)n / 32, rest = blocks % CHUNK;
+    const uint8_t *at[COLUMNS];
+    for (size_t b = 0; b + CHUNK <= blocks; b += CHUNK) {
+        fetch_next(cols, C, left, b * size, CHUNK * size);
+        UNROLL for (int c = 0; c < C; c++) at[c] = cols[c] + b * size;
+        add_chunk(type, at, C, CHUNK, a, y + b * 32);
     }
+    if (rest == 0) return;
+    uint8_t padded[COLUMNS][CHUNK * Q8_0_SIZE] = {{0}};
+    for (int c = 0; c < C; c++) at[c] = memcpy(padded[c], cols[c] + (blocks - rest) * size, rest * size);
+    add_chunk(type, at, C, (int)rest, a, y + (blocks - rest) * 32);
 }
 
 /* One column to several outputs, with the same products. */
 INLINE void outputs_blocks(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_ys) {
-    const size_t size = block_size(type);
-    const int blocks = (int)(n / 32);
-    for (int b0 = 0; b0 < blocks; b0 += CHUNK) {
-        const int count = blocks - b0 < CHUNK ? blocks - b0 : CHUNK;
-        const uint8_t *at = col + (size_t)b0 * size;
+    const size_t size = block_size(type), blocks = (size_t)n / 32;
+    for (size_t b0 = 0; b0 < blocks; b0 += CHUNK) {
+        const int count = blocks - b0 < CHUNK ? (int)(blocks - b0) : CHUNK;
+        uint8_t padded[CHUNK * Q8_0_SIZE] = {0}, unpacked[CHUNK * 32];
+        const uint8_t *chunk = col + b0 * size;
+        if (count < CHUNK) chunk = memcpy(padded, chunk, (size_t)count * size);
         float factors[CHUNK], integers[CHUNK * 32];
-        for (int b = 0; b < count; b++) {
+        unpack_chunk(type, chunk, unpacked);
+        UNROLL for (int b = 0; b < CHUNK; b++) {
             vf w[BLOCK_VECTORS];
-            block_integers(type, at + (size_t)b * size, w);
+            int apart;
+            const uint8_t *q = block_bytes(type, chunk, unpacked, b, &apart);
+            load_32(q, apart, w);
             UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) store_f(integers + b * 32 + i * WIDTH, w[i]);
         }
         for (int k = 0; k < n_ys; k++) {
-            block_scales(type, at, count, a[k], factors);
+            block_scales(type, chunk, a[k], factors);
             float *y = ys[k] + b0 * 32;
             for (int b = 0; b < count; b++) {
                 UNROLL for (int i = b * 32; i < b * 32 + 32; i += WIDTH) {
@@ -387,84 +398,55 @@ INLINE void outputs_blocks(int type, int64_t n, const uint8_t *col, const float 
     }
 }
 
-/* The scale and the minimum of each 16 values of a K-block, as floats: values are scale * q + minimum.
- * Q4_K: the odd ones belong to high nibbles, which may come multiplied by 1 / HIGH_NIBBLE. */
+/* The scale and the minimum of each 16 values of a K-block, as floats: values are scale * q + minimum. */
 INLINE void k_scale_floats(int type, const uint8_t *block, float *scale, float *minimum) {
     uint64_t scales, minima;
     if (type == K_Q6_K) {
         const float d = half(block + 208);
         for (int g = 0; g < 16; g += 8) {
             memcpy(&scales, block + 192 + g, 8);
-            scale_bytes(scales, d, d, scale + g);
-            scale_bytes(scales, -32.0f * d, -32.0f * d, minimum + g);
+            scale_bytes(scales, d, scale + g);
+            scale_bytes(scales, -32.0f * d, minimum + g);
         }
         return;
     }
     unpack_scales(block + 4, &scales, &minima);
-    const float d = half(block), d_min = -half(block + 2);
-    scale_bytes(scales, d, type == K_Q4_K ? d * HIGH_NIBBLE : d, scale);
-    scale_bytes(minima, d_min, d_min, minimum);
+    scale_bytes(scales, half(block), scale);
+    scale_bytes(minima, -half(block + 2), minimum);
 }
 
-/* The j-th 32 values of a K-block. */
-INLINE void k_floats(int type, const uint8_t *block, int j, const float *scale, const float *minimum, vf *out) {
-    UNROLL for (int h = 0; h < 2; h++) {
-        v16 q;
-        if (type == K_Q6_K) {
-            const v16 ql = load_16(block + j / 4 * 64 + j % 2 * 32 + h * 16);
-            q = j % 4 / 2 ? high_nibbles_16(ql) : low_nibbles_16(ql);
-            q = add_two_bits_16(q, load_16(block + 128 + j / 4 * 32 + h * 16), j % 4 * 2);
-        } else {
-            const v16 ql = load_16(block + 48 + j / 2 * 32 + h * 16);
-            q = j % 2 ? high_nibbles_16(ql) : low_nibbles_16(ql);
-            q = add_bit_16(q, load_16(block + 16 + h * 16), j);
-        }
-        const int g = type == K_Q6_K ? j * 2 + h : j;
-        bytes_to_floats(q, out + h * HALF_VECTORS);
-        UNROLL for (int i = h * HALF_VECTORS; i < (h + 1) * HALF_VECTORS; i++) {
-            out[i] = fma_f(same_f(scale[g]), out[i], same_f(minimum[g]));
-        }
-    }
-}
-
-/* y[0..64) += the j-th 64 values of C blocks of Q4_K: 32 bytes, whose low nibbles are the first 32 values. */
-INLINE void add_q4_k(const uint8_t *const blocks[], int j, int C, const float (*scale)[16], const float (*minimum)[16],
-                     const float *a, float *y) {
-    vf sums[2 * BLOCK_VECTORS];
-    UNROLL for (int i = 0; i < 2 * BLOCK_VECTORS; i++) sums[i] = load_f(y + i * WIDTH);
+/* y[0..256) += a K-block of C columns: its integers are laid out as bytes, then each 16 become floats. */
+INLINE void add_k_block(int type, const uint8_t *const blocks[], int C, const float *a, float *y) {
+    _Alignas(64) uint8_t q[COLUMNS][256];
+    _Alignas(64) float scale[COLUMNS][16], minimum[COLUMNS][16];
     UNROLL for (int c = 0; c < C; c++) {
-        const nibble_table low = low_table(scale[c][2 * j], minimum[c][2 * j]);
-        const nibble_table high = high_table(scale[c][2 * j + 1], minimum[c][2 * j + 1]);
-        UNROLL for (int h = 0; h < 2; h++) {
-            vf lo[HALF_VECTORS], hi[HALF_VECTORS];
-            nibbles_to_floats(blocks[c] + 16 + j * 32 + h * 16, low, high, lo, hi);
+        k_scale_floats(type, blocks[c], scale[c], minimum[c]);
+        UNROLL for (int v = 0; v < 16 / LANES; v++) store_b(q[c] + v * LANES * 16, k_values(type, blocks[c], v));
+    }
+    for (int lane = 0; lane < 16; lane++) { /* in the order of k_values() */
+        const int half_block = lane / 8, high = lane % 8 / 4, chunk = lane % 4;
+        const int group = type == K_Q6_K ? lane : half_block * 4 + chunk / 2 * 2 + high;
+        float *to = y + (type == K_Q6_K ? lane * 16 : group * 32 + chunk % 2 * 16);
+        vf sums[HALF_VECTORS];
+        UNROLL for (int i = 0; i < HALF_VECTORS; i++) sums[i] = load_f(to + i * WIDTH);
+        UNROLL for (int c = 0; c < C; c++) {
             UNROLL for (int i = 0; i < HALF_VECTORS; i++) {
-                vf *to = sums + h * HALF_VECTORS + i;
-                *to = fma_f(same_f(a[c]), lo[i], *to);
-                to[BLOCK_VECTORS] = fma_f(same_f(a[c]), hi[i], to[BLOCK_VECTORS]);
+                const vf integers = load_i8(q[c] + lane * 16 + i * WIDTH);
+                const vf w = fma_f(same_f(scale[c][group]), integers, same_f(minimum[c][group]));
+                sums[i] = fma_f(same_f(a[c]), w, sums[i]);
             }
         }
+        UNROLL for (int i = 0; i < HALF_VECTORS; i++) store_f(to + i * WIDTH, sums[i]);
     }
-    UNROLL for (int i = 0; i < 2 * BLOCK_VECTORS; i++) store_f(y + i * WIDTH, sums[i]);
 }
 
 INLINE void axpys_k(int type, int64_t n, const uint8_t *const *cols, int C, int left, const float *a, float *y) {
     const size_t size = block_size(type), blocks = (size_t)n / 256;
-    for (size_t b = 0; b < blocks; b++, y += 256) {
-        float scale[COLUMNS][16], minimum[COLUMNS][16];
+    for (size_t b = 0; b < blocks; b++) {
         const uint8_t *at[COLUMNS];
         fetch_next(cols, C, left, b * size, size);
-        UNROLL for (int c = 0; c < C; c++) {
-            at[c] = cols[c] + b * size;
-            k_scale_floats(type, at[c], scale[c], minimum[c]);
-        }
-        if (type == K_Q4_K) {
-            for (int j = 0; j < 4; j++) add_q4_k(at, j, C, scale, minimum, a, y + j * 64);
-        } else {
-            UNROLL for (int j = 0; j < 8; j++) {
-                ADD_32(y + j * 32, a[c], C, k_floats(type, at[c], j, scale[c], minimum[c], w));
-            }
-        }
+        UNROLL for (int c = 0; c < C; c++) at[c] = cols[c] + b * size;
+        add_k_block(type, at, C, a, y + b * 256);
     }
 }
 
@@ -545,3 +527,7 @@ static bool outputs(int type, int64_t n, const uint8_t *col, const float *a, flo
 }
 
 static const struct kernel_level level = {NAME, dots, axpys, outputs};
+
+#else
+static const struct kernel_level level = {NAME, dots, NULL, NULL};
+#endif

@@ -7,17 +7,6 @@ typedef __m128i v16;
 PRIMITIVE v16 load_16(const uint8_t *p) { return _mm_loadu_si128((const __m128i *)p); }
 PRIMITIVE v16 low_8(uint64_t bytes) { return _mm_cvtsi64_si128((long long)bytes); }
 PRIMITIVE v16 shuffle_16(v16 v, const uint8_t *order) { return _mm_shuffle_epi8(v, load_16(order)); }
-PRIMITIVE v16 lookup_16(v16 table, v16 v) { return _mm_shuffle_epi8(table, v); }
-PRIMITIVE v16 low_nibbles_16(v16 v) { return _mm_and_si128(v, _mm_set1_epi8(15)); }
-PRIMITIVE v16 high_nibbles_16(v16 v) { return low_nibbles_16(_mm_srli_epi16(v, 4)); }
-PRIMITIVE v16 add_bit_16(v16 q, v16 bits, int bit) {
-    const v16 chosen = _mm_set1_epi8((char)(1 << bit));
-    return _mm_or_si128(q, _mm_and_si128(_mm_cmpeq_epi8(_mm_and_si128(bits, chosen), chosen), _mm_set1_epi8(16)));
-}
-PRIMITIVE v16 add_two_bits_16(v16 q, v16 bits, int bit) {
-    const v16 two = _mm_and_si128(_mm_srli_epi16(bits, bit), _mm_set1_epi8(3));
-    return _mm_or_si128(q, _mm_slli_epi16(two, 4));
-}
 PRIMITIVE __m256i load_2_lanes(const uint8_t *p, size_t stride) {
     if (stride == 16) return _mm256_loadu_si256((const __m256i *)p);
     return _mm256_inserti128_si256(_mm256_castsi128_si256(load_16(p)), load_16(p + stride), 1);
@@ -31,11 +20,21 @@ PRIMITIVE float half(const uint8_t *p) {
     memcpy(&h, p, 2);
     return _cvtsh_ss(h);
 }
-/* out[0..8) = each signed byte times even or odd, by its position. */
-PRIMITIVE void scale_bytes(uint64_t bytes, float even, float odd, float *out) {
+/* 2 to the power of 8 bytes, stride bytes apart, minus 128, times factor; subnormals included. */
+PRIMITIVE void powers_8(const uint8_t *p, size_t stride, float factor, float *out) {
+    const __m128i bytes = _mm_setr_epi8((char)p[0], (char)p[stride], (char)p[2 * stride], (char)p[3 * stride],
+                                        (char)p[4 * stride], (char)p[5 * stride], (char)p[6 * stride],
+                                        (char)p[7 * stride], 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m256i e = _mm256_cvtepu8_epi32(bytes);
+    const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
+    const __m256i small = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), e);
+    const __m256i bits = _mm256_blendv_epi8(normal, small, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e));
+    _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(factor)));
+}
+/* out[0..8) = d * each signed byte. */
+PRIMITIVE void scale_bytes(uint64_t bytes, float d, float *out) {
     const __m256 v = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(low_8(bytes)));
-    const __m256 d = _mm256_blend_ps(_mm256_set1_ps(even), _mm256_set1_ps(odd), 0xaa);
-    _mm256_storeu_ps(out, _mm256_mul_ps(v, d));
+    _mm256_storeu_ps(out, _mm256_mul_ps(v, _mm256_set1_ps(d)));
 }
 
 #endif
