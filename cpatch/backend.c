@@ -210,7 +210,8 @@ static void streamed_neuron(int64_t unit, void *context) {
     const uint8_t *row = pi_bundle(p->layer, expert, unit % spec->n_ff) + p->offset;
     for (int64_t r = 0; r < p->n; r++) {
         if (p->rows[r].expert != expert) continue;
-        kernel_dots(p->type, spec->n_embd, &row, 1, p->products[r].xq, p->products[r].out + unit % spec->n_ff);
+        const struct ffn_product one = {row, p->products[r].xq, p->products[r].out + unit % spec->n_ff};
+        ffn_dense(&one, 1, p->type, spec->n_embd, 1, 0, 1); /* the same routine as where everything is in memory */
     }
 }
 
