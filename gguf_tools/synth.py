@@ -179,6 +179,13 @@ def run(
     )
 
 
+def layout(shape: Shape, *, layers: int | None = None, quant: str | None = None) -> list[NewTensor]:
+    """The tensors that `run` would write, without their data. Raises ConversionError for arguments that cannot be."""
+    plan = _Plan(shape, _check_layers(shape, layers), *_check_density(shape, None, None), _check_quant(shape, quant), 0)
+    plan.build()
+    return [tensor for tensor, _ in plan.tensors]
+
+
 def _check_layers(shape: Shape, layers: int | None) -> int:
     if layers is None:
         return shape.n_layer

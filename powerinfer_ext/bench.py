@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +32,8 @@ from rich.table import Table
 from gguf_tools.activations import NATIVE
 from gguf_tools.reader import GGUFFile
 from gguf_tools.sparse import SparseGGUF, is_sparse
-from powerinfer_ext import figures, machine, memory_limit, roofline
+from gguf_tools.virtual import ModelFiles
+from powerinfer_ext import disk, figures, hits, machine, memory_limit, roofline
 from powerinfer_ext.engines import (
     WARM_UP_DECODES,
     Engine,
@@ -42,7 +43,8 @@ from powerinfer_ext.engines import (
     run,
     tokenize,
 )
-from powerinfer_ext.errors import PowerInferError
+from powerinfer_ext.errors import BudgetError, PowerInferError
+from powerinfer_ext.placement import EXPERTS, Context, choose_ubatch, place
 
 FORMAT = "powerinfer.bench.v1"
 OVERHEAD = 256 << 20  # bytes that an interpreter, llama.cpp, a KV cache and compute buffers may need
@@ -56,6 +58,7 @@ def bench(
     model: str,
     *,
     baseline: str | None = None,
+    converted: bool | None = None,
     engines: list[Engine] | None = None,
     memory: list[str] | None = None,
     prompt: int = 128,
@@ -71,7 +74,9 @@ def bench(
     """Compare our engine with stock llama-cpp-python, and `engines` if any; returns the command's JSON.
 
     Args:
-        model: a sparse-GGUF, or a stock GGUF (then it is converted, to a temporary file).
+        model: a sparse-GGUF or a stock GGUF (of a split one, the first file).
+        converted: whether a stock GGUF is converted, to a temporary file, or run by our engine as it is, which streams
+            it where memory is limited. None: it is converted if its neurons can stay silent.
         baseline: the stock GGUF; by default it is looked for beside the model, or exported from it.
         engines: engines besides "sparse" and "stock".
         memory: limits such as "50%" of the stock file or "4GiB", each measured; the first is at the top level
@@ -88,12 +93,12 @@ def bench(
     """
     threads = threads or len(os.sched_getaffinity(0))
     with contextlib.ExitStack() as stack:
-        pair = stack.enter_context(_files(model, baseline, step))
+        pair = stack.enter_context(_files(model, baseline, step, converted))
         same = _check_same_model(pair, step)
         step("Reading tokens")
         tokens, tokens_from = _tokens(pair.stock, prompt + gen, text, seed)
         work = figures.Workload(tokens, tokens_from, prompt, gen, runs, threads, timeout)
-        size = os.path.getsize(pair.stock)
+        size = model_bytes(pair.stock)
         limits = [memory_limit.parse_limit(entry, size) for entry in (memory or ["none"])]
         for limit in limits:
             with memory_limit.limited(limit):
@@ -112,6 +117,7 @@ def bench(
         results = []
         for condition, limits_of in measured:
             condition["roofline"] = limits_of(speeds)
+            condition["plan"] = planned(pair.sparse, condition, speeds, threads, prompt + gen)
             results.append({**condition, "summary": sentences(condition)})
         first, others = results[0], results[1:]
         return {
@@ -136,8 +142,29 @@ def bench(
 # ---- the files -----------------------------------------------------------------------------------
 
 
+def model_bytes(path: str) -> int:
+    """Bytes of a model, of all its files."""
+    with ModelFiles.open(path) as files:
+        return files.nbytes
+
+
+def parts(path: str) -> list[str]:
+    """The files of a model: one, or those of a split GGUF."""
+    with ModelFiles.open(path) as files:
+        return [os.fspath(file.path) for file in files.files]
+
+
+def _worth_converting(model: str) -> bool:
+    """Can the neurons of this stock GGUF stay silent, by its architecture or by what its metadata says?"""
+    with GGUFFile.open(model) as file:
+        native = NATIVE.get(file.metadata.get("general.architecture"), (None,))[0]
+        return file.metadata.get("powerinfer.activation", native) in ("relu", "relu2", "drelu")
+
+
 @contextlib.contextmanager
-def _files(model: str, baseline: str | None, step: Step) -> Iterator[figures.Pair]:
+def _files(
+    model: str, baseline: str | None, step: Step, converted: bool | None = None
+) -> Iterator[figures.Pair]:
     """The sparse and the stock file; what is missing is made in a temporary folder beside the model."""
     from gguf_tools.convert import convert
     from gguf_tools.export import export
@@ -170,6 +197,8 @@ def _files(model: str, baseline: str | None, step: Step) -> Iterator[figures.Pai
             report = export(model, target)
             kind = "identical to the source" if report.identical else "with re-quantised tensors"
             yield figures.Pair(model, target, stock_from=f"exported from the sparse-GGUF, {kind}")
+        elif not (_worth_converting(model) if converted is None else converted):
+            yield figures.Pair(model, model, sparse_from="the stock GGUF as it is")
         else:
             step("Converting the model to sparse-GGUF")
             target = os.path.join(temporary, "model.sparse.gguf")
@@ -179,6 +208,8 @@ def _files(model: str, baseline: str | None, step: Step) -> Iterator[figures.Pai
 
 def _check_same_model(pair: figures.Pair, step: Step) -> str:
     """How we know that both files hold the same model. Raises PowerInferError when they do not."""
+    if pair.unconverted:
+        return "both engines run the same file"
     with SparseGGUF.open(pair.sparse) as sparse, GGUFFile.open(pair.stock) as stock:
         problems = []
         if stock.metadata.get("general.architecture") != sparse.architecture:
@@ -209,27 +240,30 @@ def _check_same_model(pair: figures.Pair, step: Step) -> str:
 
 
 def _describe(pair: figures.Pair, same: str) -> dict[str, Any]:
-    with SparseGGUF.open(pair.sparse) as sparse:
-        native = NATIVE.get(sparse.architecture, (None, False))[0]
-        metadata = sparse.file.metadata
+    with ModelFiles.open(pair.sparse) as files:
+        metadata, sparse = files.first.metadata, files.sparse
+        arch = metadata.get("general.architecture")
+        native = NATIVE.get(arch, (None, False))[0]
+        n_expert = metadata.get(f"{arch}.expert_count") or 0
+        n_ff = metadata.get(f"{arch}.expert_feed_forward_length") or metadata.get(f"{arch}.feed_forward_length")
         return {
             "name": metadata.get("general.name"),
-            "architecture": sparse.architecture,
-            "activation": sparse.activation,
+            "architecture": arch,
+            "activation": sparse.activation if sparse is not None else native,
             "stock_activation": native,
-            "layers": metadata.get(f"{sparse.architecture}.block_count"),
-            "n_embd": sparse.layers[0].n_embd,
-            "n_ff": sparse.layers[0].n_ff,
-            "n_expert": sparse.layers[0].n_expert,
-            "n_expert_used": metadata.get(f"{sparse.architecture}.expert_used_count"),
+            "layers": metadata.get(f"{arch}.block_count"),
+            "n_embd": metadata.get(f"{arch}.embedding_length"),
+            "n_ff": sparse.layers[0].n_ff if sparse is not None else n_ff,
+            "n_expert": n_expert,
+            "n_expert_used": metadata.get(f"{arch}.expert_used_count"),
             "sparse_file": Path(pair.sparse).name,
-            "sparse_bytes": os.path.getsize(pair.sparse),
+            "sparse_bytes": files.nbytes,
             "sparse_from": pair.sparse_from,
             "stock_file": Path(pair.stock).name,
-            "stock_bytes": os.path.getsize(pair.stock),
+            "stock_bytes": model_bytes(pair.stock),
             "stock_from": pair.stock_from,
             "same_model": same,
-            "source_sha256": sparse.source_sha256,
+            "source_sha256": sparse.source_sha256 if sparse is not None else None,
         }
 
 
@@ -261,13 +295,11 @@ def _condition(
     Returns what was measured, and the function that makes its roofline from `_speeds`.
     """
     # Repacked weights are copies that cannot be paged out: below the model's size stock would only be killed.
-    repack = limit is None or limit > 1.1 * os.path.getsize(pair.stock) + OVERHEAD
+    repack = limit is None or limit > 1.1 * model_bytes(pair.stock) + OVERHEAD
     series = [
         figures.Series(engine, pair.sparse if engine.is_sparse else pair.stock, True if engine.is_sparse else repack)
         for engine in engines
     ]
-    for entry in series:
-        entry.failure = _does_not_fit(entry, limit)
     load_before = os.getloadavg()
     cached = _prepare_cache(pair, limit, step)
     with contextlib.ExitStack() as stack:
@@ -276,15 +308,17 @@ def _condition(
             kib = stack.enter_context(memory_limit.read_ahead(pair.stock))
         how, set_aside = _rounds(series, work, limit, cached, step)
     named = {entry.engine.name: entry for entry in series}
-    touched = {name: figures.touched(entry) for name, entry in named.items() if entry.engine.template is None}
+    built_in = {name: entry for name, entry in named.items() if entry.engine.template is None}
+    touched = {name: figures.touched(entry) for name, entry in built_in.items()}
+    hit_rates = {name: _hit_rate(entry.model) for name, entry in built_in.items()}
     summaries = {name: figures.summary(entry, work) for name, entry in named.items()}
     comparable = figures.comparable(pair, named, work)
-    rooflines = partial(figures.limits, named, touched, limit)
+    rooflines = partial(figures.limits, named, touched, limit, hit_rates=hit_rates)
     ratio = figures.ratios(named, comparable)
     condition = {
         "memory_limit": {
             "bytes": limit,
-            "share_of_model": None if limit is None else limit / os.path.getsize(pair.stock),
+            "share_of_model": None if limit is None else limit / model_bytes(pair.stock),
             "how": how,
             "page_cache": cached,
             "read_ahead_kb": kib,
@@ -346,25 +380,10 @@ def _wait_until_quiet() -> None:
         calm = calm + 1 if _others_share(before, _cpu_times(), 0.0) < figures.OTHERS_THRESHOLD else 0
 
 
-def _does_not_fit(entry: figures.Series, limit: int | None) -> dict[str, Any] | None:
-    """Why our engine cannot run in `limit` bytes (None: in what is free), as a failure; None when it can.
-
-    It keeps all weights in memory, so this is decided without trying; stock can page mapped weights.
-    """
-    if not entry.engine.is_sparse:
-        return None
-    needs = roofline.resident_bytes(entry.model)
-    there = machine.available_memory() if limit is None else limit
-    if needs <= there:
-        return None
-    return {
-        "error": f"does not fit: it keeps all weights in memory, {needs / 1e6:.0f} MB, and the "
-        f"{'limit is' if limit else 'memory that is free is'} {there / 1e6:.0f} MB (neurons are not "
-        "streamed from disk yet)",
-        "output": "",
-        "fits": False,
-        "needs_bytes": needs,
-    }
+def _hit_rate(path: str) -> hits.HitRate:
+    with ModelFiles.open(path) as files:
+        mixture = any(EXPERTS.fullmatch(tensor.name) for tensor in files.tensors())
+        return hits.of_model(files, mixture)
 
 
 def _prepare_cache(pair: figures.Pair, limit: int | None, step: Step) -> str:
@@ -374,19 +393,23 @@ def _prepare_cache(pair: figures.Pair, limit: int | None, step: Step) -> str:
     """
     if limit is not None:
         return "dropped"
-    both = os.path.getsize(pair.sparse) + os.path.getsize(pair.stock)
-    if both + 2 * max(os.path.getsize(pair.sparse), os.path.getsize(pair.stock)) > machine.available_memory():
+    sizes = {path: model_bytes(path) for path in (pair.stock, pair.sparse)}
+    if sum(sizes.values()) + 2 * max(sizes.values()) > machine.available_memory():
         return "as it was"
-    step("Reading both files into the page cache")
-    for path in (pair.stock, pair.sparse):
-        memory_limit.fill_cache(path)
+    step("Reading the model's files into the page cache")
+    for path in sizes:
+        for part in parts(path):
+            memory_limit.fill_cache(part)
     return "warm"
 
 
 def _one_run(entry: figures.Series, work: figures.Workload, limit: int | None, cached: str) -> str:
     """Run one engine once, appending to its series; returns how memory was limited."""
-    left = memory_limit.drop_cached(entry.model) if cached == "dropped" else None
-    job = Job(entry.model, work.prompt, work.gen, work.threads, work.tokens, entry.extra_bufts)
+    files = parts(entry.model)
+    left = sum(map(memory_limit.drop_cached, files)) if cached == "dropped" else None
+    job = Job(
+        entry.model, work.prompt, work.gen, work.threads, work.tokens, entry.extra_bufts, memory=limit
+    )
     with memory_limit.limited(limit) as bounds:
         before = _cpu_times()
         try:
@@ -396,17 +419,56 @@ def _one_run(entry: figures.Series, work: figures.Workload, limit: int | None, c
                 "error": failure.reason,
                 "output": failure.output,
                 "fits": False if failure.out_of_memory else None,
-                "needs_bytes": None,
+                "needs_bytes": failure.needs,
             }
             entry.runs.append(None)
             return bounds.how
         after = _cpu_times()
     result["others_cpu_share"] = _others_share(before, after, result["cpu_s"])
     result["page_cache_before_bytes"] = left
-    result["page_cache_bytes"] = memory_limit.cached_bytes(entry.model)
+    result["page_cache_bytes"] = sum(map(memory_limit.cached_bytes, files))
     entry.others_cpu.append(result["others_cpu_share"])
     entry.runs.append(result)
     return bounds.how
+
+
+def planned(
+    path: str, condition: dict[str, Any], speeds: dict[str, Any], threads: int, n_ctx: int
+) -> dict[str, Any] | None:
+    """What `powerinfer plan` predicts for our engine under a condition's limit, beside what it reached.
+
+    The share of neurons that is computed is given to it as measured: a file without a profile does not say.
+    Returns `placement`, `predicted_tps`, `error` (predicted over measured, less one), `row` (the prediction in full),
+    `speeds`; None when our engine did not run.
+    """
+    from powerinfer_ext import plan
+
+    ours = condition["sparse"]
+    good = [run for run in ours["runs"] if run.get("decode_tps")]
+    if not good:
+        return None
+    shares = [layer["computed"] for layer in ours["layers"]]
+    limit = condition["memory_limit"]["bytes"]
+    context = Context(n_ctx, n_ctx, min(n_ctx, 512), process=good[-1].get("process_bytes"))
+    with plan.open_model(path, density=sum(shares) / len(shares) if shares else None) as models:
+        model = models[0]
+        if "rates" not in speeds:
+            speeds["rates"] = plan.measure(model, threads, path)
+        try:
+            room = replace(context, n_ubatch=choose_ubatch(model.files, limit, context) or context.n_ubatch)
+            placement = place(model.files, limit if limit is not None else 1 << 60, room)
+        except BudgetError as error:
+            return {"placement": None, "predicted_tps": None, "error": None, "reason": str(error)}
+        row = plan.predict(model, placement, speeds["rates"])
+    reached = ours["decode_tps"]
+    return {
+        "placement": row.placement,
+        "predicted_tps": row.decode_tps,
+        "error": row.decode_tps / reached - 1 if row.decode_tps and reached else None,
+        "row": asdict(row),
+        "hit_rate_from": model.hit_rate.source,
+        "speeds": asdict(speeds["rates"]),
+    }
 
 
 def _cpu_times() -> tuple[float, float]:
@@ -429,9 +491,12 @@ def _others_share(before: tuple[float, float], after: tuple[float, float], own: 
 def _speeds(path: str) -> dict[str, Any]:
     """Bandwidths in bytes per second: memory's measurements so far, the disk's best, and the disk's table."""
     rows = roofline.disk_speeds(path)
+    device = disk.cost(path, remeasure=True)
+    best = [row.rate for row in rows] + ([device.bandwidth] if device is not None else [])
     return {
         "memory": _memory_speed(),
-        "disk": max((row.rate for row in rows), default=None),
+        "disk": max(best, default=None),
+        "device": device,
         "disk_table": [{"block": row.block, "depth": row.depth, "gbps": row.rate / 1e9} for row in rows],
     }
 
@@ -511,7 +576,16 @@ def _table(condition: dict[str, Any]) -> Table:
     if condition["memory_limit"]["bytes"] is not None:
         add("peak with page cache, MB", lambda e: _shown(e["group_peak_bytes"], "{:.0f}", 1e-6))
     add("from disk, MB/token", lambda e: _shown(e["bytes_read_per_token"], "{:.1f}", 1e-6))
+    if any(entry.get("streaming") for entry in engines.values()):
+        add("cache hit rate", lambda e: _shown(_streamed(e)["hit_rate"], "{:.1%}"))
+        add("waiting for reads, ms/token", lambda e: _shown(_streamed(e)["io_wait_ms_per_token"], "{:.1f}"))
+        add("prefetches that were used", lambda e: _shown(_streamed(e)["prefetch_accuracy"], "{:.0%}"))
     return table
+
+
+def _streamed(entry: dict[str, Any]) -> dict[str, Any]:
+    """What an engine counted while it streamed; everything None where it did not."""
+    return entry.get("streaming") or dict.fromkeys(("hit_rate", "io_wait_ms_per_token", "prefetch_accuracy"))
 
 
 def rows(condition: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -546,6 +620,9 @@ def sentences(condition: dict[str, Any]) -> list[str]:
     density = condition["sparse"]["density"]
     if density is not None:
         lines.append(f"Computed {density:.1%} of the FFN neurons while decoding.")
+    for name, entry in rows(condition).items():
+        if entry.get("streaming"):
+            lines.append(f"{name} {streaming_words(entry)}.")
     for name, entry in roof["engines"].items():
         lines.append(
             f"{name}: a token touches {entry['bytes_per_token'] / 1e6:.1f} MB of weights; at "
@@ -557,6 +634,17 @@ def sentences(condition: dict[str, Any]) -> list[str]:
             )
             + f" the limit is {entry['bound_tps']:.1f} tokens/s, of which {entry['fraction']:.0%} is reached."
         )
+        measured = entry.get("measured")
+        if measured is not None and measured["disk_bytes_per_token"]:
+            lines.append(
+                f"{name}: with the {measured['disk_bytes_per_token'] / 1e6:.1f} MB per token that it did read, the "
+                f"limit is {measured['bound_tps']:.1f} tokens/s (by {measured['bound_by']}), of which "
+                f"{measured['fraction']:.0%} is reached."
+            )
+    plan = condition.get("plan")
+    if plan and plan["predicted_tps"] is not None:
+        off = "" if plan["error"] is None else f", {plan['error']:+.0%} from what was measured"
+        lines.append(f"powerinfer plan predicts {plan['predicted_tps']:.1f} tokens/s ({plan['placement']}){off}.")
     lines += [f"{note}." for note in roof["notes"]]
     comparable = condition["comparable"]
     if comparable["top1_agreement"] is not None:
@@ -572,6 +660,19 @@ def sentences(condition: dict[str, Any]) -> list[str]:
     return lines
 
 
+def streaming_words(entry: dict[str, Any]) -> str:
+    """What an engine of ours read while decoding, as the rest of a sentence."""
+    found = entry["streaming"]
+    words = (
+        f"had {_shown(found['hit_rate'], '{:.1%}')} of what it wanted in memory, read "
+        f"{found['read_bytes_per_token'] / 1e6:.2f} MB per token in {found['reads_per_token']:.0f} reads "
+        f"({found['io_engine']}), and waited {found['io_wait_ms_per_token']:.1f} ms per token for them"
+    )
+    if found["prefetch_accuracy"] is not None:
+        words += f"; {found['prefetch_accuracy']:.0%} of what it read ahead was used"
+    return words
+
+
 def _shown(value: float | None, pattern: str, factor: float = 1.0) -> str:
     return "-" if value is None else pattern.format(value * factor)
 
@@ -581,18 +682,27 @@ def _shown(value: float | None, pattern: str, factor: float = 1.0) -> str:
 EXAMPLES = (
     "powerinfer bench model.sparse.gguf",
     "powerinfer bench model.sparse.gguf --baseline model.gguf --memory none --memory 50% --report report",
+    "powerinfer bench qwen3-30b-a3b-q4_0.gguf --memory 50%",
     'powerinfer bench m.sparse.gguf --engine "other=llama-bench -m {model} -p {prompt} -n {gen}"',
 )
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A sparse-GGUF; a stock GGUF is converted first.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A sparse-GGUF, or a stock GGUF.")],
     baseline: Annotated[
         Path | None,
         typer.Option(
             metavar="GGUF",
             help="The stock GGUF that MODEL was made from.",
             show_default="looked for beside MODEL, else exported from it",
+        ),
+    ] = None,
+    convert: Annotated[
+        bool | None,
+        typer.Option(
+            "--convert/--no-convert",
+            help="Convert a stock GGUF, or have our engine run it as it is, streaming it where memory is limited.",
+            show_default="convert if its neurons can stay silent",
         ),
     ] = None,
     engine: Annotated[
@@ -608,8 +718,8 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="LIMIT",
-            help="Run with this much memory, page cache included: 50% of the model's file, 4GiB, or none. "
-            "Can be repeated; the first is at the top level of the JSON.",
+            help="Run with this much memory, page cache included: 50% of the stock file, 4GiB, or none; our engine "
+            "streams what does not fit. Can be repeated; the first is at the top level of the JSON.",
         ),
     ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 128,
@@ -649,6 +759,7 @@ def command(
         result = bench(
             _named(model),
             baseline=os.fspath(baseline) if baseline else None,
+            converted=convert,
             engines=engines,
             memory=memory,
             prompt=prompt,
@@ -745,3 +856,4 @@ def demo_comparison(
             result = bench(sparse, invocation="powerinfer demo", **options)
     render(result, console)
     return result
+

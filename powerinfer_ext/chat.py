@@ -13,7 +13,7 @@ from powerinfer_ext.llama import sparse_stats
 COMMANDS = {
     "/exit": "leave (so does Ctrl-D)",
     "/reset": "forget the conversation",
-    "/stats": "show how many neurons were computed so far",
+    "/stats": "show how many neurons were computed so far, and what was read from disk",
     "/help": "show this list",
 }
 
@@ -69,12 +69,21 @@ def _answer(
 
 
 def _describe(stats: dict[str, Any]) -> str:
-    if stats["density"] is None:
-        return "Nothing was computed sparsely: this is a stock GGUF, or nothing was said yet."
-    layers = " ".join(f"{layer['density']:.0%}" for layer in stats["layers"])
-    return (
-        f"{stats['density']:.1%} of the neurons computed over {stats['tokens']} tokens; per layer: {layers}"
-    )
+    lines = []
+    if stats["density"] is not None:
+        layers = " ".join(f"{layer['density']:.0%}" for layer in stats["layers"])
+        lines.append(
+            f"{stats['density']:.1%} of the neurons computed over {stats['tokens']} tokens; per layer: {layers}"
+        )
+    flash = stats.get("flash")
+    if flash is not None and flash["hit_rate"] is not None:
+        ahead = flash["prefetch_accuracy"]
+        lines.append(
+            f"{flash['hit_rate']:.1%} of what was wanted was in memory; read {flash['read_bytes'] / 1e6:.0f} MB since "
+            f"loading ({flash['engine']}), waited {flash['wait_seconds']:.1f} s for it, all threads together"
+            + ("" if ahead is None else f"; {ahead:.0%} of what was read ahead was used")
+        )
+    return "\n".join(lines) or "Nothing was computed sparsely: this is a stock GGUF, or nothing was said yet."
 
 
 def typed_lines(prompt: str = "> ") -> Iterator[str]:

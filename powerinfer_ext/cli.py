@@ -29,6 +29,7 @@ _ELSEWHERE = {
     "synth": "gguf_tools.synth",
     "trace": "powerinfer_ext.trace",
     "bench": "powerinfer_ext.bench",
+    "plan": "powerinfer_ext.plan",
 }
 
 
@@ -72,6 +73,23 @@ Seed = Annotated[
     typer.Option(help="Random seed for temperatures above 0.", show_default="another one each time"),
 ]
 Dense = Annotated[bool, typer.Option("--dense", help="Compute all neurons of a sparse-GGUF, to compare with.")]
+
+
+class IoEngine(StrEnum):
+    auto = "auto"
+    io_uring = "io_uring"
+    threads = "threads"
+
+
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BUDGET",
+        help="Memory for the whole process: 4GiB, 800MB, or 50% of the model's file; the rest is streamed from disk.",
+        show_default="everything is kept in memory if it fits",
+    ),
+]
+Io = Annotated[IoEngine, typer.Option("--io", help="How to read what is streamed.")]
 
 
 class Activation(StrEnum):
@@ -260,7 +278,10 @@ def convert(
     if threshold is None and (density is not None or max_ppl_increase is not None):
         raise PowerInferError("--density and --max-ppl-increase go with --threshold; add --threshold chess")
     calibration, cost, notes = None, None, []
-    if mode is ConvertMode.predict or profile is not None or (text and threshold is None):
+    if _is_powerinfer(_resolve(source)):
+        if profile is not None or text:
+            raise PowerInferError(f"{source}: a PowerInfer model brings predictors; leave --profile and --text out")
+    elif mode is ConvertMode.predict or profile is not None or (text and threshold is None):
         from powerinfer_ext.calibrate import fitted_to
 
         if threshold is not None:
@@ -375,6 +396,7 @@ def inspect(
         'powerinfer run arcee.sparse.gguf -p "def main():"',
         'powerinfer run arcee.sparse.gguf -p "import os" -n 200 --temperature 0.7 --seed 1',
         'powerinfer run arcee-relu2 -p "class Stack:" --json',
+        'powerinfer run qwen3-30b-a3b-q4_0.gguf -p "Once upon a time" --memory 8GiB',
     )
 )
 def run(
@@ -386,14 +408,16 @@ def run(
     threads: Threads = None,
     ctx: Context = 0,
     dense: Dense = False,
+    memory: Memory = None,
+    io: Io = IoEngine.auto,
     as_json: Json = False,
 ) -> None:
-    """Continue a text, and say how fast and how sparsely that was."""
+    """Continue a text, and say how fast and how sparsely that was, and what was read from disk for it."""
     from powerinfer_ext.run import generate, open_model
 
     _silence_llama_cpp()
-    path = _resolve(model)
-    with contextlib.closing(open_model(path, ctx=ctx, threads=threads, dense=dense, seed=seed)) as llama:
+    settings = {"ctx": ctx, "threads": threads, "dense": dense, "seed": seed, "memory": memory, "io": io.value}
+    with contextlib.closing(open_model(_resolve(model), **settings)) as llama:
         result = generate(
             llama,
             prompt,
@@ -410,6 +434,8 @@ def run(
         f"decode {result.tokens} tokens, {_rate(result.decode_tps)}/s; computed {computed}",
         err,
     )
+    if result.streaming is not None:
+        _say(result.streaming.sentence(), err)
 
 
 @app.command(epilog=_examples("powerinfer chat model.sparse.gguf", "powerinfer chat model.gguf --temperature 0"))
@@ -421,14 +447,16 @@ def chat(
     threads: Threads = None,
     ctx: Context = 0,
     dense: Dense = False,
+    memory: Memory = None,
+    io: Io = IoEngine.auto,
 ) -> None:
     """Talk to a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
     from powerinfer_ext import chat as conversation
     from powerinfer_ext.run import open_model
 
     _silence_llama_cpp()
-    path = _resolve(model)
-    with contextlib.closing(open_model(path, ctx=ctx, threads=threads, dense=dense, seed=seed)) as llama:
+    settings = {"ctx": ctx, "threads": threads, "dense": dense, "seed": seed, "memory": memory, "io": io.value}
+    with contextlib.closing(open_model(_resolve(model), **settings)) as llama:
         conversation.chat(
             llama,
             max_tokens=max_tokens,
@@ -494,6 +522,8 @@ def eval_(
         bool,
         typer.Option("--floor/--no-floor", help="Also measure how far stock is from itself (loads DENSE twice)."),
     ] = True,
+    memory: Memory = None,
+    io: Io = IoEngine.auto,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -518,6 +548,8 @@ def eval_(
         "reference": reference,
         "tokens": tokens,
         "window": window,
+        "memory": memory,
+        "io": io.value,
         "threads": threads or default_threads(),
     }
     with _progress("Evaluating") as progress:
@@ -552,6 +584,13 @@ def doctor(as_json: Json = False) -> None:
     from powerinfer_ext.doctor import run as examine
 
     raise typer.Exit(examine(json=as_json))
+
+
+def _is_powerinfer(path: str) -> bool:
+    from gguf_tools.powerinfer_import import PowerInferFile, open_source
+
+    with open_source(path) as file:
+        return isinstance(file, PowerInferFile)
 
 
 def _resolve(model: str) -> str:

@@ -49,7 +49,7 @@ class Engine:
 
     @property
     def is_sparse(self) -> bool:
-        """Does it run the sparse-GGUF (and not the stock file)?"""
+        """Is it ours: does it run MODEL (and not the baseline), and keep to a memory limit by itself?"""
         return self.template is None and self.name in ("sparse", "dense")
 
 
@@ -59,6 +59,7 @@ class Job:
 
     tokens: prompt + gen token ids, the same for all (teacher-forced: predictions are not fed back).
     extra_bufts: may weights be repacked into other layouts (stock's default; such copies cannot be paged).
+    memory: the budget that our engines are given, in bytes; None: all there is.
     """
 
     model: str
@@ -67,16 +68,21 @@ class Job:
     threads: int
     tokens: list[int] = field(default_factory=list, repr=False)
     extra_bufts: bool = True
+    memory: int | None = None
 
 
 class EngineFailure(Exception):
-    """A run without a result: one sentence, the engine's last output, and whether memory was the reason."""
+    """A run without a result: one sentence, the engine's last output, and whether memory was the reason.
 
-    def __init__(self, reason: str, output: str = "", out_of_memory: bool = False) -> None:
+    needs: bytes of the least memory that works, where the engine said so.
+    """
+
+    def __init__(self, reason: str, output: str = "", out_of_memory: bool = False, needs: int | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.output = output[-_TAIL:].strip()
         self.out_of_memory = out_of_memory
+        self.needs = needs
 
 
 def parse_engine(text: str) -> Engine:
@@ -147,6 +153,8 @@ def run(
         raise EngineFailure(
             f"engine {engine.name} did not end within {timeout:.0f} s and was stopped", output
         )
+    if result.get("refused"):
+        raise EngineFailure(f"engine {engine.name}: {result['refused']}", "", True, result["needs_bytes"])
     if outcome.returncode != 0:
         killed = limit.oom_kills() > 0 or (limit.limit is not None and outcome.returncode == -signal.SIGKILL)
         if killed:
@@ -313,19 +321,25 @@ def _worker(job: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     import numpy as np
 
+    from powerinfer_ext.errors import BudgetError
     from powerinfer_ext.evaluate import LlamaScorer
 
     prompt, gen, tokens = job["prompt"], job["gen"], job["tokens"]
     engine = job["engine"]
     imported = time.perf_counter()
-    before = _read_bytes()
-    scorer = LlamaScorer(
-        job["model"],
-        window=prompt + gen,
-        threads=job["threads"],
-        sparse_mode="dense" if engine == "dense" else "exact",
-        extra_bufts=job["extra_bufts"],
-    )
+    before, process = _read_bytes(), _status("VmRSS")
+    try:
+        scorer = LlamaScorer(
+            job["model"],
+            window=prompt + gen,
+            threads=job["threads"],
+            sparse_mode={"stock": None, "dense": "dense"}.get(engine, "exact"),
+            extra_bufts=job["extra_bufts"],
+            memory=job["memory"],
+            logits_all=False,
+        )
+    except BudgetError as error:
+        return {"refused": str(error), "needs_bytes": error.least}
     load_s = time.perf_counter() - imported
     read_by_loading = _difference(_read_bytes(), before)
     memory = {"after_load": _resident()}
@@ -345,8 +359,10 @@ def _worker(job: dict[str, Any]) -> dict[str, Any]:
     if scorer.sparse is not None:
         scorer.sparse.reset_stats()
 
+    before_prefill = _flash(scorer)
     prefill_s = step(tokens[:prompt], 0)
     memory["after_prefill"] = _resident()
+    after_prefill = _flash(scorer)
     before_decode, faults = _read_bytes(), _major_faults()
     latencies, likeliest = [], []
     for position in range(prompt, prompt + gen):
@@ -355,6 +371,7 @@ def _worker(job: dict[str, Any]) -> dict[str, Any]:
         likeliest.append(int(logits.argmax()))  # not timed
     read_by_decoding = _difference(_read_bytes(), before_decode)
     memory["after_decode"] = _resident()
+    after_decode = _flash(scorer)
     sparse = scorer.sparse.stats() if scorer.sparse is not None else None
     return {
         "engine": engine,
@@ -369,6 +386,7 @@ def _worker(job: dict[str, Any]) -> dict[str, Any]:
         "latencies_ms": latencies,
         "likeliest": likeliest,
         "n_vocab": scorer.n_vocab,
+        "process_bytes": process,  # before loading: Python, llama.cpp's libraries, ours
         "peak_bytes": _status("VmHWM"),
         "peak_anonymous_bytes": max(sample["anonymous"] for sample in memory.values()),
         "peak_file_bytes": max(sample["file"] for sample in memory.values()),
@@ -381,7 +399,27 @@ def _worker(job: dict[str, Any]) -> dict[str, Any]:
         # The plugin must not even be in the process that stands for stock.
         "plugin_loaded": "powerinfer_ext._cpatch" in sys.modules,
         "sparse": sparse,
+        "flash": None
+        if after_decode is None
+        else {
+            "engine": sparse["flash"]["engine"],
+            "slots_bytes": sparse["flash"]["slots_bytes"],
+            "budget": sparse["flash"]["budget"],
+            "prefill": _since(after_prefill, before_prefill),
+            "decode": _since(after_decode, after_prefill),
+        },
     }
+
+
+def _flash(scorer: Any) -> dict[str, Any] | None:
+    """The counters of what was streamed so far; None where nothing is."""
+    return scorer.sparse.stats()["flash"] if scorer.sparse is not None else None
+
+
+def _since(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """What was counted between the two."""
+    keys = ("wanted", "missed", "unit_bytes", "read_bytes", "reads", "wait_seconds", "prefetched", "useful", "wasted")
+    return {key: after[key] - before[key] for key in keys}
 
 
 def _status(name: str, pid: int | str = "self") -> int:

@@ -248,6 +248,8 @@ def evaluate(
     passes: Iterable[str] = PASSES,
     mode: str | None = None,
     floor: bool = True,
+    memory: int | str | None = None,
+    io: str = "auto",
     threads: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -262,6 +264,7 @@ def evaluate(
         mode: "predict" and "threshold" judge a file that has predictors or thresholds as it runs, "exact" computes all
             of its neurons instead; None for what the file is.
         floor: also measure how far stock is from itself (needs dense_path, and loads it twice).
+        memory, io: of the sparse model alone, as for `powerinfer_ext.Llama`; the others are beside it in this process.
         progress: called with (tokens read, tokens to read in all); each model reads each window.
 
     Returns the JSON of `powerinfer eval`. The figures at its top level are those of the pass with the greater
@@ -275,7 +278,8 @@ def evaluate(
     floor = floor and dense_path is not None
     with contextlib.ExitStack() as stack:
         settings = {"window": window, "threads": threads}
-        sparse = stack.enter_context(LlamaScorer(sparse_path, **settings, sparse_mode=sparse_mode))
+        ours = {"sparse_mode": sparse_mode, "memory": memory, "io": io}
+        sparse = stack.enter_context(LlamaScorer(sparse_path, **settings, **ours))
         dense: Scorer
         if dense_path is not None:
             dense = stack.enter_context(LlamaScorer(dense_path, **settings))

@@ -5,6 +5,8 @@ Nothing here runs or measures anything.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -16,24 +18,37 @@ from gguf_tools.activations import NATIVE
 from gguf_tools.sparse import SparseGGUF
 from powerinfer_ext import machine, roofline
 from powerinfer_ext.engines import BUILT_IN, Engine
+from powerinfer_ext.hits import HitRate
 
 SPREAD_THRESHOLD = 0.10  # (max - min) / median of the paired ratios above which we say that we cannot tell
 OTHERS_THRESHOLD = 0.10  # share of the machine's CPU time that other processes may take during a run
 CACHE_LEFT_THRESHOLD = 16 << 20  # bytes of a model that may stay in the page cache before a limited run
 
 NO_CACHE_NOTE = (
-    "cache_hit_rate is null: this engine keeps all neurons in memory, there is no cache that could be hit or missed."
+    "cache_hit_rate is null: this engine kept everything in memory, there is no cache that could be hit or missed."
+)
+STOCK_PATH_NOTE = (
+    "A stock GGUF that fits into memory is left to stock llama.cpp: there is nothing of ours in this run, a ratio "
+    "other than 1 is noise."
 )
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The two files of a comparison. `sparse_from` and `stock_from` say where each came from."""
+    """The two files of a comparison. `sparse_from` and `stock_from` say where each came from.
+
+    Both are the same file where our engine runs a stock GGUF as it is.
+    """
 
     sparse: str
     stock: str
     sparse_from: str = "given"
     stock_from: str = "given"
+
+    @property
+    def unconverted(self) -> bool:
+        """Does our engine run the stock file?"""
+        return self.sparse == self.stock
 
 
 @dataclass(frozen=True)
@@ -113,10 +128,55 @@ def summary(entry: Series, work: Workload) -> dict[str, Any]:
     if entry.engine.is_sparse:
         layers = layer_rows(good)
         out["density"] = sum(row["density"] for row in layers) / len(layers) if layers else None
-        out["cache_hit_rate"] = None
-        out["notes"] = [NO_CACHE_NOTE]
+        out["streaming"] = streaming(good, work)
+        out["cache_hit_rate"] = out["streaming"]["hit_rate"] if out["streaming"] else None
+        out["notes"] = [] if out["streaming"] or not good else [NO_CACHE_NOTE]
+        if good and not out["streaming"] and not layers:
+            out["notes"].append(STOCK_PATH_NOTE)
         out["layers"] = layers
     return out
+
+
+def streaming(good: list[dict[str, Any]], work: Workload) -> dict[str, Any] | None:
+    """What an engine of ours read while it decoded: medians over its runs of the engine's own counters.
+
+    None where everything was in memory. `io_wait_ms_per_token` is per thread: the sum over the threads by their
+    number, so it compares with the milliseconds of a token.
+    """
+    flashes = [run["flash"] for run in good if run.get("flash")]
+    if not flashes:
+        return None
+
+    def middle(phase: str, value: Callable[[dict[str, Any]], float | None]) -> float | None:
+        values = [found for flash in flashes if (found := value(flash[phase])) is not None]
+        return median(values) if values else None
+
+    def per(n: int, key: str, factor: float = 1.0) -> Callable[[dict[str, Any]], float]:
+        return lambda counts: counts[key] * factor / n
+
+    def phase(name: str, n: int) -> dict[str, float | None]:
+        return {
+            "hit_rate": middle(name, lambda c: 1 - c["missed"] / c["wanted"] if c["wanted"] else None),
+            "wanted_per_token": middle(name, per(n, "wanted")),
+            "missed_per_token": middle(name, per(n, "missed")),
+            "read_bytes_per_token": middle(name, per(n, "read_bytes")),
+            "unit_bytes_per_token": middle(name, per(n, "unit_bytes")),
+            "reads_per_token": middle(name, per(n, "reads")),
+            "io_wait_ms_per_token": middle(name, per(n, "wait_seconds", 1000 / work.threads)),
+            "prefetched_per_token": middle(name, per(n, "prefetched")),
+            "prefetch_accuracy": middle(
+                name, lambda c: c["useful"] / (c["useful"] + c["wasted"]) if c["useful"] + c["wasted"] else None
+            ),
+        }
+
+    last = flashes[-1]
+    return {
+        **phase("decode", work.gen),
+        "prefill": phase("prefill", work.prompt),
+        "io_engine": last["engine"],
+        "slots_bytes": last["slots_bytes"],
+        "budget_bytes": last["budget"],
+    }
 
 
 def spread(values: list[float]) -> float | None:
@@ -142,7 +202,7 @@ def layer_rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     From the last run; the tokens are the same in all, so the counts are too.
     """
     rows = []
-    for layer in runs[-1]["sparse"]["layers"] if runs else []:
+    for layer in runs[-1]["sparse"]["layers"] if runs and runs[-1]["sparse"] else []:
         decode = layer["decode"]
         evaluated = decode["selected"] / decode["density"] if decode["density"] else 0
         rows.append(
@@ -194,10 +254,14 @@ def limits(
     touches: dict[str, roofline.TokenBytes],
     limit: int | None,
     speeds: dict[str, Any],
+    hit_rates: Mapping[str, HitRate] | None = None,
 ) -> dict[str, Any]:
     """Bounds of the built-in engines; at the top those of ours (None where it did not run).
 
-    Of several measurements of memory bandwidth the largest counts: the bound has to hold at all times.
+    Of several measurements of memory bandwidth the largest counts: the bound has to hold at all times. Where memory is
+    limited there are two: `bound_tps` from what a cache of the limit's size should miss (hit_rates, by engine), and in
+    `measured` the bound from what was really read per token, whose fraction says how well reading and computing
+    overlap.
     """
     memory, disk = max(speeds["memory"], default=None), speeds["disk"]
     cache = machine.last_level_cache()
@@ -206,7 +270,8 @@ def limits(
         good = named[name].good
         if not good or memory is None:
             continue
-        bound = roofline.bound(parts, memory, disk, limit)
+        expected = (hit_rates or {}).get(name)
+        bound = roofline.bound(parts, memory, disk, limit, expected or (lambda share: share))
         reached = median(run["decode_tps"] for run in good)
         engines[name] = {
             **bound,
@@ -215,6 +280,8 @@ def limits(
             "ffn_neurons_bytes": parts.ffn_neurons,
             "decode_tps": reached,
             "fraction": reached / bound["bound_tps"],
+            "hit_rate_from": expected.source if expected and limit is not None else None,
+            "measured": _measured(named[name], parts, memory, speeds, reached) if limit is not None else None,
         }
         if parts.total < 4 * cache:
             notes.append(
@@ -228,6 +295,8 @@ def limits(
             "and after: this machine's memory changes its speed, and the bounds use the larger"
         )
     ours = engines.get("sparse", {})
+    measured_bound = ours.get("measured") or {}
+    device = speeds.get("device")
     return {
         "memory_gbps": None if memory is None else memory / 1e9,
         "memory_measured_gbps": measured,
@@ -235,10 +304,40 @@ def limits(
         "disk": speeds["disk_table"],
         "bound_tps": ours.get("bound_tps"),
         "fraction": ours.get("fraction"),
+        "measured_bound_tps": measured_bound.get("bound_tps"),
+        "measured_fraction": measured_bound.get("fraction"),
+        "read_us": None if device is None else device.latency * 1e6,
+        "round_trip_us": None if device is None else device.round_trip * 1e6,
         "last_level_cache_bytes": cache,
         "engines": engines,
         "notes": notes,
     }
+
+
+def _measured(
+    entry: Series, parts: roofline.TokenBytes, memory: float, speeds: dict[str, Any], reached: float
+) -> dict[str, Any] | None:
+    """The bound from the bytes that decoding a token really read, and the fraction of it that was reached.
+
+    device_tps: the same with the price of every single read (`disk.DiskCost`), which small reads cannot escape.
+    """
+    tokens = [run["decode_tokens"] for run in entry.good]
+    if entry.engine.is_sparse:
+        found = [run["flash"]["decode"]["read_bytes"] for run in entry.good if run.get("flash")]
+        reads = [run["flash"]["decode"]["reads"] for run in entry.good if run.get("flash")]
+    else:
+        found = [run["decode_read_bytes"] for run in entry.good if run.get("decode_read_bytes") is not None]
+        reads = []
+    if not found:
+        return None
+    n_bytes = median(found) / tokens[0]
+    bound = roofline.slower(parts.total, round(n_bytes), memory, speeds["disk"])
+    out = {**bound, "fraction": reached / bound["bound_tps"], "device_tps": None}
+    device = speeds.get("device")
+    if reads and device is not None:
+        seconds = device.seconds(n_bytes, median(reads) / tokens[0])
+        out["device_tps"] = 1 / max(seconds, parts.total / memory)
+    return out
 
 
 def comparable(pair: Pair, named: dict[str, Series], work: Workload) -> dict[str, Any]:
@@ -298,8 +397,8 @@ def _agreement(pair: Pair, stock: list[dict[str, Any]], sparse: list[dict[str, A
     """
     if not stock or not sparse:
         return None
-    with SparseGGUF.open(pair.sparse) as file:
-        if NATIVE.get(file.architecture, (None,))[0] != file.activation:
+    with contextlib.nullcontext() if pair.unconverted else SparseGGUF.open(pair.sparse) as file:
+        if file is not None and NATIVE.get(file.architecture, (None,))[0] != file.activation:
             return None
     pairs = list(zip(stock[0]["likeliest"], sparse[0]["likeliest"], strict=True))
     return sum(a == b for a, b in pairs) / len(pairs)

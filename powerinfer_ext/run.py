@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import llama_cpp
 
@@ -24,6 +25,46 @@ class Generation:
     prefill_tps: float | None  # prompt tokens over the time until the first new token was chosen
     decode_tps: float | None  # the other new tokens over the time they took
     density: float | None  # mean share of neurons computed, None for a stock GGUF
+    streaming: Streaming | None = None  # None where everything is in memory
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """What was read from disk for a continuation, prompt included; per token, prompt tokens counted too."""
+
+    hit_rate: float | None  # share of the wanted neurons, experts or tiles that were in memory
+    read_bytes_per_token: float
+    io_wait_ms_per_token: float  # of one thread
+    prefetch_accuracy: float | None  # share of what was read ahead that was then used
+    engine: str
+    budget_bytes: int
+
+    def sentence(self) -> str:
+        """In words."""
+        hits = "-" if self.hit_rate is None else f"{self.hit_rate:.1%}"
+        ahead = "" if self.prefetch_accuracy is None else f", {self.prefetch_accuracy:.0%} of prefetches were used"
+        return (
+            f"within {self.budget_bytes / 1e6:.0f} MB: hit rate {hits}, read {self.read_bytes_per_token / 1e6:.2f} MB "
+            f"per token ({self.engine}), waited {self.io_wait_ms_per_token:.1f} ms per token{ahead}"
+        )
+
+
+def streaming(
+    before: dict[str, Any] | None, after: dict[str, Any] | None, tokens: int, threads: int
+) -> Streaming | None:
+    """What the counters (`sparse_stats()["flash"]`) say about the tokens between two moments."""
+    if before is None or after is None:
+        return None
+    counts = {key: after[key] - before[key] for key in before if isinstance(before[key], int | float)}
+    settled = counts["useful"] + counts["wasted"]
+    return Streaming(
+        hit_rate=1 - counts["missed"] / counts["wanted"] if counts["wanted"] else None,
+        read_bytes_per_token=counts["read_bytes"] / max(tokens, 1),
+        io_wait_ms_per_token=1000 * counts["wait_seconds"] / max(tokens, 1) / max(threads, 1),
+        prefetch_accuracy=counts["useful"] / settled if settled else None,
+        engine=after["engine"],
+        budget_bytes=after["budget"],
+    )
 
 
 def default_threads() -> int:
@@ -32,11 +73,19 @@ def default_threads() -> int:
 
 
 def open_model(
-    path: str, *, ctx: int, threads: int | None, dense: bool = False, seed: int | None = None
+    path: str,
+    *,
+    ctx: int,
+    threads: int | None,
+    dense: bool = False,
+    seed: int | None = None,
+    memory: int | str | None = None,
+    io: str = "auto",
 ) -> Llama:
     """Open `path` for generation.
 
-    ctx: in tokens; 0: what the model was trained with, but at most 4096. seed: None for a new one each time.
+    ctx: in tokens; 0: what the model was trained with, but at most 4096. seed: None for a new one each time. memory,
+    io: as for `powerinfer_ext.Llama`.
     """
     if ctx == 0:
         ctx = trained_context(path)
@@ -44,6 +93,8 @@ def open_model(
     llama = Llama(
         path,
         sparse_mode="dense" if dense else "exact",
+        memory=memory,
+        io=io,
         n_ctx=ctx,
         n_threads=threads,
         n_threads_batch=threads,
@@ -90,6 +141,7 @@ def generate(
             "shorten the prompt"
         )
     llama.reset()
+    before = sparse_stats(llama)["flash"]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
     text: list[str] = []
     written: list[int] = []
@@ -111,13 +163,15 @@ def generate(
         if len(written) >= min(max_tokens, room):
             break
     emit(decoder.decode(b"", final=True))
+    stats = sparse_stats(llama)
     return Generation(
         text="".join(text),
         prompt_tokens=len(tokens),
         tokens=len(written),
         prefill_tps=_rate(len(tokens), first - start),
         decode_tps=_rate(len(written) - 1, last - first),
-        density=sparse_stats(llama)["density"],
+        density=stats["density"],
+        streaming=streaming(before, stats["flash"], len(tokens) + len(written), llama.n_threads),
     )
 
 

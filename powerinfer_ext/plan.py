@@ -1,0 +1,752 @@
+"""`powerinfer plan`: where a model's parts would go for a memory budget, and how fast that would be, before it runs.
+
+The cost of a decoded token is predicted from what it touches and what it misses:
+
+    compute   bytes of the weights it touches over the speed at which this machine multiplies such weights: stock's
+              matrix products for attention, head and deciding matrices, our kernels for neurons and experts (all
+              measured in a second, not derived from bandwidth), and a constant for every layer of ours
+    disk      reads x latency + missing bytes / bandwidth (`disk.DiskCost`, measured once per device), and a round trip
+              for every layer that has to wait. Missing is what is asked for and not in a cache of the slots that
+              `placement` would give out (`hits`)
+    token     the slower of the two and a part of the other: `_OVERLAP`, which is 1 where all of it overlaps
+
+`powerinfer bench --memory` stores the prediction beside what it measures (`plan` in its JSON).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from gguf_tools.activations import NATIVE
+from gguf_tools.reader import row_bytes
+from gguf_tools.virtual import ModelFiles, Source
+from powerinfer_ext import disk, hits, machine
+from powerinfer_ext.errors import BudgetError, PowerInferError
+from powerinfer_ext.placement import (
+    DENSE_FFN,
+    EXPERTS,
+    GAP,
+    RUN,
+    Bundles,
+    Context,
+    Matrix,
+    Placement,
+    parse_memory,
+    place,
+)
+
+DENSITY = 0.1  # of a sparse model whose file does not say how often its neurons fire
+# Measured on two Zen 4 cores (bench/results): what the model above does not derive.
+_LAYER = 120e-6  # seconds that a layer of ours takes besides its bytes: selecting, sharing out, one more graph split
+_OVERLAP = {"neurons": 0.5, "experts": 0.6, "tiles": 0.5}  # share of reading or computing that the other one hides
+_MMAP_SHARE = 0.3  # of the disk's bandwidth that page faults with a read-ahead of 128 KiB reach
+_WHOLE = 128 << 20  # bytes that speeds are measured on, at least
+_I8 = 24
+_UP = re.compile(r"blk\.([0-9]+)\.ffn_up(_exps\.weight|\.weight)")
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Bytes of weights per second with all threads: stock's products, our kernels on whole rows (`experts`) and on
+    scattered neurons; plain reading from memory; and the disk, None where it cannot be measured."""
+
+    stock: float
+    experts: float
+    neurons: float
+    memory: float
+    disk: disk.DiskCost | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is planned for. files: a `ModelFiles`, or for a shape something that looks like one.
+
+    density: share of a layer's (routed) neurons that are computed; density_from: who says so.
+    """
+
+    name: str
+    files: Any
+    density: float
+    density_from: str
+    hit_rate: hits.HitRate
+    tile_hits: hits.HitRate = field(default_factory=hits.dense)
+
+    @property
+    def sources(self) -> list[Source]:
+        """All tensors, as stock sees them."""
+        return self.files.tensors()
+
+    @property
+    def mixture(self) -> bool:
+        """Has it experts?"""
+        return any(EXPERTS.fullmatch(tensor.name) for tensor in self.sources)
+
+    @property
+    def routed(self) -> float:
+        """Share of the experts that a token uses; 1 for a dense model."""
+        metadata = self.files.first.metadata
+        arch = metadata.get("general.architecture")
+        experts, used = (metadata.get(f"{arch}.{key}") for key in ("expert_count", "expert_used_count"))
+        return min(1.0, used / experts) if experts and used else 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A placement and what it would be like. decode_tps None: it does not fit, and `reason` says what it takes.
+
+    Bytes and reads are per decoded token; seconds too. memory: what the process would take at most.
+    """
+
+    placement: str
+    decode_tps: float | None
+    memory: int | None
+    compute_s: float | None = None
+    disk_s: float | None = None
+    touched_bytes: float | None = None
+    missing_bytes: float | None = None
+    reads: float | None = None
+    hit_rate: float | None = None
+    reason: str = ""
+    ours: bool = True
+
+
+# ---- models ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_model(
+    name: str, *, quant: str | None = None, layers: int | None = None, density: float | None = None
+) -> Iterator[list[Model]]:
+    """The model at a path, or of a shape's name, and, where it is a stock one whose neurons can stay silent, as it
+    would be after `powerinfer convert`. Raises FormatError, ConversionError, PowerInferError, OSError."""
+    from gguf_tools.shapes import SHAPES
+
+    if not os.path.exists(name) and name in SHAPES:
+        yield _of_shape(name, quant, layers, density)
+        return
+    if quant is not None or layers is not None:
+        raise PowerInferError(f"{name}: --quant and --layers are for the name of a shape, a file has its own")
+    with ModelFiles.open(name) as files:
+        yield _models(name, files, density, _activation(files))
+
+
+def _activation(files: ModelFiles) -> str | None:
+    metadata = files.first.metadata
+    return metadata.get("powerinfer.activation", NATIVE.get(metadata.get("general.architecture"), (None,))[0])
+
+
+def _models(name: str, files: Any, density: float | None, activation: str | None) -> list[Model]:
+    """`files` as they are, and as they would be converted."""
+    if files.sparse is not None:
+        known = [layer.frequency for layer in files.sparse.layers if layer.frequency is not None]
+        if density is not None:
+            share, source = density, "given"
+        elif known:
+            share, source = float(np.mean([layer.mean() for layer in known])), hits.FREQUENCIES
+        else:
+            share, source = DENSITY, "assumed: the file has no profile"
+        return [Model(name, files, share, source, hits.of_neurons(known))]
+    mixture = any(EXPERTS.fullmatch(tensor.name) for tensor in files.tensors())
+    whole = Model(name, files, 1.0, "all are computed", hits.of_experts() if mixture else hits.dense())
+    if activation not in ("relu", "relu2", "drelu"):
+        return [whole]
+    given = (density, "given") if density is not None else (DENSITY, "assumed")
+    return [whole, Model(f"{name}, converted", _converted(files), *given, hits.of_neurons(None))]
+
+
+def _of_shape(name: str, quant: str | None, layers: int | None, density: float | None) -> list[Model]:
+    from gguf_tools.shapes import find, metadata
+    from gguf_tools.synth import layout
+
+    shape = find(name)
+    tensors = layout(shape, layers=layers, quant=quant)
+    sources = [Source(tensor.name, tensor.type, tuple(tensor.shape), 0, 0) for tensor in tensors]
+    fields = {entry.name: entry.value for entry in metadata(shape, layers or shape.n_layer, "")}
+    return _models(name, _Header(name, fields, sources), density, shape.activation)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What planning wants of a `ModelFiles`, for a model that is no file."""
+
+    path: str
+    metadata: Mapping[str, Any]
+    sources: list[Source]
+    sparse: Any = None
+    nbytes_given: int | None = None
+
+    @property
+    def first(self) -> _Header:
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        return self.nbytes_given or sum(source.nbytes for source in self.sources)
+
+    def tensors(self) -> list[Source]:
+        return self.sources
+
+
+def _converted(files: Any) -> _Header:
+    """The sparse-GGUF that `powerinfer convert` would make, in exact mode, as far as sizes go."""
+    named = {source.name: source for source in files.tensors()}
+    layers, hidden = [], set()
+    for name, up in named.items():
+        found = _UP.fullmatch(name)
+        if found is None:
+            continue
+        gate, down = (named.get(f"blk.{found[1]}.ffn_{part}{found[2]}") for part in ("gate", "down"))
+        if down is None:
+            continue
+        n_embd, n_ff, *experts = up.shape
+        segments = [-(-row_bytes(down.type, n_embd) // 64) * 64]
+        hidden.add(down.name)
+        if gate is not None:
+            segments.append(-(-row_bytes(up.type, n_embd) // 64) * 64)
+            hidden.add(name)
+        layers.append(
+            SimpleNamespace(
+                index=int(found[1]),
+                gated=gate is not None,
+                n_embd=n_embd,
+                n_ff=n_ff,
+                n_expert=experts[0] if experts else 0,
+                stride=sum(segments),
+                hot_count=0,
+                decider=gate or up,
+                decider_name=(gate or up).name,
+                up_type=up.type if gate is not None else None,
+                gate_type=None,
+                down_type=down.type,
+                frequency=None,
+                scale_tensor=None,
+                threshold_tensor=None,
+                predictor=None,
+            )  # fmt: skip
+        )
+    sources = [replace(source, file=-1) if source.name in hidden else source for source in named.values()]
+    sparse = SimpleNamespace(layers=layers)
+    return _Header(str(files.path), files.first.metadata, sources, sparse, files.nbytes)
+
+
+# ---- speeds ----------------------------------------------------------------------------------------
+
+
+def measure(model: Model, threads: int, path: str | os.PathLike[str] | None) -> Speeds:
+    """The speeds that matter for `model`. path: a file on the disk that it lies on (None: where the cache is kept)."""
+    sizes: dict[int, int] = {}
+    for source in model.sources:
+        if len(source.shape) > 1:
+            sizes[source.type] = sizes.get(source.type, 0) + source.nbytes
+    main = max(sizes, key=lambda kind: sizes[kind])
+    n_embd = int(
+        model.files.first.metadata.get(f"{model.files.first.metadata['general.architecture']}.embedding_length")
+    )
+    whole = max(_WHOLE, 4 * machine.last_level_cache())
+    layer = model.files.sparse.layers[0] if model.files.sparse is not None and model.files.sparse.layers else None
+    experts = _kernel_rate(main, main, n_embd, row_bytes(main, n_embd), whole, threads, False)
+    neurons = experts
+    if layer is not None:
+        kinds = [kind for kind in (layer.up_type, layer.gate_type) if kind is not None]
+        neurons = _kernel_rate(kinds[0] if kinds else None, layer.down_type, n_embd, layer.stride, whole, threads, True)
+    return Speeds(_stock_rate(main, n_embd, whole, threads), experts, neurons, _memory(), _disk(path))
+
+
+def _memory() -> float:
+    try:
+        return machine.memory_bandwidth(0.3)
+    except MemoryError:
+        return 0.0
+
+
+def _disk(path: str | os.PathLike[str] | None) -> disk.DiskCost | None:
+    if path is not None:
+        return disk.cost(path)
+    try:
+        with machine.direct_file(Path.home() if os.access(Path.home(), os.W_OK) else Path("."), 64 << 20) as (fd, _):
+            return disk.cost(f"/proc/self/fd/{fd}")
+    except OSError:
+        return None
+
+
+def _kernel_rate(dots: int | None, axpys: int, n: int, stride: int, size: int, threads: int, scattered: bool) -> float:
+    """Bytes per second of our kernels on rows of n values, stride bytes apart in a buffer of that size."""
+    from powerinfer_ext.loader import native
+
+    ffi, lib = native()
+    count = size // stride
+    buffer = np.full(count * stride + 64, 17, np.uint8)
+    chosen = np.arange(count, dtype=np.int32)
+    if scattered:
+        chosen = np.sort(np.random.default_rng(0).choice(count, count // 8, replace=False)).astype(np.int32)
+    rows = ffi.from_buffer("int32_t[]", chosen)
+    jobs = [(0, dots)] if dots is not None else []
+    if scattered:
+        jobs.append((1, axpys))
+    touched, seconds = 0, 0.0
+    for op, kind in jobs:
+        scales = np.full((count // 32 + 1) * n, 0x2000, np.uint16)
+        given = np.ones(n * 8 + 64, np.uint8)
+        job = ffi.new("struct pi_kernel_job *")
+        job.op, job.type, job.n, job.stride = op, kind, n, stride
+        job.buffer, job.input = ffi.from_buffer(buffer), ffi.from_buffer(given)
+        job.scales = ffi.from_buffer(scales) if kind == _I8 else ffi.NULL
+        found = [lib.pi_kernel_seconds(job, rows, len(chosen), threads) for _ in range(5)]
+        if min(found) <= 0:
+            raise MemoryError("there is no memory to measure the kernels in")
+        seconds += min(found)
+        touched += len(chosen) * (n if kind == _I8 else row_bytes(kind, n))
+    return touched / seconds
+
+
+class _InitParams(ctypes.Structure):
+    """struct ggml_init_params."""
+
+    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+
+def _stock_rate(kind: int, n: int, size: int, threads: int, seconds: float = 0.3) -> float:
+    """Bytes of weights per second of ggml's own products of matrices of a type with one vector."""
+    import llama_cpp
+
+    folder = Path(llama_cpp.__file__).resolve().parent / "lib"
+    base, cpu = (ctypes.CDLL(str(folder / f"libggml-{part}.so.0")) for part in ("base", "cpu"))
+    pointer = ctypes.c_void_p
+    for library, name, result, arguments in (
+        (base, "ggml_init", pointer, [_InitParams]),
+        (base, "ggml_new_tensor_2d", pointer, [pointer, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]),
+        (base, "ggml_mul_mat", pointer, [pointer, pointer, pointer]),
+        (base, "ggml_new_graph", pointer, [pointer]),
+        (base, "ggml_build_forward_expand", None, [pointer, pointer]),
+        (base, "ggml_get_data", pointer, [pointer]),
+        (base, "ggml_free", None, [pointer]),
+        (cpu, "ggml_graph_compute_with_ctx", ctypes.c_int, [pointer, pointer, ctypes.c_int]),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    n_rows = 4096
+    matrix = row_bytes(kind, n) * n_rows
+    count = max(1, size // matrix)
+    context = base.ggml_init(_InitParams(count * (matrix + 4 * n_rows + 4096) + (8 << 20), None, False))
+    if not context:
+        raise MemoryError("there is no memory to measure stock's kernels in")
+    try:
+        given = base.ggml_new_tensor_2d(context, 0, n, 1)
+        ctypes.memset(base.ggml_get_data(given), 0x3C, 4 * n)
+        graph = base.ggml_new_graph(context)
+        for _ in range(count):
+            weights = base.ggml_new_tensor_2d(context, kind, n, n_rows)
+            ctypes.memset(base.ggml_get_data(weights), 17, matrix)
+            base.ggml_build_forward_expand(graph, base.ggml_mul_mat(context, weights, given))
+        best, deadline = 0.0, time.perf_counter() + seconds
+        while not best or time.perf_counter() < deadline:
+            start = time.perf_counter()
+            if cpu.ggml_graph_compute_with_ctx(context, graph, threads) != 0:
+                raise PowerInferError("ggml cannot compute the products to measure; run: powerinfer doctor")
+            best = max(best, count * matrix / (time.perf_counter() - start))
+        return best
+    finally:
+        base.ggml_free(context)
+
+
+# ---- the cost model --------------------------------------------------------------------------------
+
+
+@dataclass
+class _Cost:
+    """What a token costs, added up over the layers."""
+
+    compute: float = 0.0
+    disk: float = 0.0
+    touched: float = 0.0
+    missing: float = 0.0
+    reads: float = 0.0
+    wanted: float = 0.0  # bytes of units
+    missed: float = 0.0
+
+
+def predict(model: Model, placement: Placement, speeds: Speeds) -> Row:
+    """What decoding a token would be like with `placement`."""
+    cost = _Cost()
+    ours = {matrix.source.name for matrix in placement.matrices if matrix.kind in ("experts", "tiles")}
+    bundled = {bundle.layer.index for bundle in placement.bundles}
+    tied = all(source.name != "output.weight" for source in model.sources)
+    for source in model.sources:
+        looked_up = source.name == "token_embd.weight" and not tied
+        if source.name in ours or source.file < 0 or looked_up:
+            continue
+        share = model.routed if "_exps." in source.name else 1.0
+        cost.touched += source.nbytes * share
+        cost.compute += source.nbytes * share / speeds.stock
+    waits: dict[int, str] = {}
+    for bundle in placement.bundles:
+        _add_neurons(cost, model, bundle, speeds)
+        cost.compute += _LAYER
+        if 0 < bundle.slots < bundle.units:
+            waits[bundle.layer.index] = "neurons"
+    for matrix in placement.matrices:
+        if matrix.source.name not in ours:
+            continue
+        _add_units(cost, model, matrix, speeds)
+        if matrix.slots < matrix.units:
+            waits.setdefault(matrix.group, matrix.kind)
+        if matrix.group not in bundled:
+            cost.compute += _LAYER / 3  # of three products
+    name, memory = _name(placement), _memory_of(model, placement)
+    overlap = 1.0
+    if waits and speeds.disk is None:
+        return Row(name, None, memory, reason="the disk cannot be measured")
+    if waits and speeds.disk is not None:
+        cost.disk += len(waits) * speeds.disk.round_trip
+        kinds = list(waits.values())
+        overlap = sum(_OVERLAP[kind] for kind in kinds) / len(kinds)
+    seconds = max(cost.compute, cost.disk) + (1 - overlap) * min(cost.compute, cost.disk)
+    return Row(
+        name,
+        1 / seconds,
+        memory,
+        cost.compute,
+        cost.disk,
+        cost.touched,
+        cost.missing,
+        cost.reads,
+        1 - cost.missed / cost.wanted if cost.wanted else None,
+    )
+
+
+def _memory_of(model: Model, placement: Placement) -> int:
+    """Bytes that the process takes at most; what is left to stock when nothing is streamed counts too."""
+    if model.files.sparse is not None or placement.streams:
+        return placement.total
+    streamable = EXPERTS if model.mixture else DENSE_FFN
+    return placement.total + sum(s.nbytes for s in model.sources if streamable.fullmatch(s.name))
+
+
+def _add_neurons(cost: _Cost, model: Model, bundle: Bundles, speeds: Speeds) -> None:
+    """The neurons of a layer: read in runs of neighbours where gaps between them are cheap."""
+    wanted = bundle.units * model.routed * model.density
+    n_bytes = wanted * bundle.unit_bytes
+    cost.touched += n_bytes
+    cost.compute += n_bytes / speeds.neurons
+    if bundle.slots == 0 or bundle.slots >= bundle.units:
+        return
+    missed = wanted * (1 - model.hit_rate(bundle.slots / bundle.units))
+    within = bundle.units * model.routed  # a mixture's misses are among the routed experts' neurons
+    reads, read = runs(missed, within, bundle.unit_bytes, speeds.disk.gap if speeds.disk else GAP)
+    _add_reads(cost, speeds, n_bytes, missed * bundle.unit_bytes, reads, read)
+
+
+def runs(missed: float, within: float, unit: int, gap: int) -> tuple[float, float]:
+    """(reads, bytes) for so many missed units scattered over `within`, when gaps of up to `gap` bytes are read through.
+
+    Gaps between units at random places have a geometric distribution.
+    """
+    if missed <= 0:
+        return 0.0, 0.0
+    p = min(0.999, missed / max(within, 1.0))
+    most = max(0, min(gap, RUN - 2 * unit) // unit)  # units between two that are read through at most
+    through = 1 - (1 - p) ** (most + 1)  # probability that the next missed unit joins the run
+    longest = max(1.0, RUN / unit * p)  # missed units that fit into the longest read
+    reads = missed / min(1 / max(1 - through, 1e-9), max(longest, 1.0))
+    between = sum(k * p * (1 - p) ** k for k in range(most + 1))  # expected units read for nothing per missed unit
+    return reads, (missed + missed * between) * unit + reads * 512
+
+
+def _add_units(cost: _Cost, model: Model, matrix: Matrix, speeds: Speeds) -> None:
+    """Experts or tiles of a matrix in stock's layout."""
+    experts = matrix.kind == "experts"
+    wanted = matrix.units * (model.routed if experts else 1.0)
+    n_bytes = wanted * matrix.unit_bytes
+    cost.touched += n_bytes
+    cost.compute += n_bytes / speeds.experts
+    if matrix.slots >= matrix.units:
+        return
+    curve = (hits.of_experts() if model.mixture else hits.dense()) if experts else model.tile_hits
+    missed = wanted * (1 - curve(matrix.slots / matrix.units))
+    _add_reads(cost, speeds, n_bytes, missed * matrix.unit_bytes, missed, missed * (matrix.unit_bytes + 512))
+
+
+def _add_reads(cost: _Cost, speeds: Speeds, wanted: float, missed: float, reads: float, read: float) -> None:
+    cost.wanted += wanted
+    cost.missed += missed
+    cost.reads += reads
+    cost.missing += read
+    if speeds.disk is not None:
+        cost.disk += speeds.disk.seconds(read, reads)
+
+
+def _name(placement: Placement) -> str:
+    kinds = {matrix.kind for matrix in placement.matrices}
+    if not placement.streams:
+        return "all in memory"
+    if placement.bundles:
+        deciding = "streamed" if kinds & {"experts", "tiles"} else "kept"
+        return f"neurons streamed, deciding matrices {deciding}"
+    return "experts streamed" if "experts" in kinds else "FFN weights streamed in tiles"
+
+
+def _stock(model: Model, budget: int | None, speeds: Speeds, process: int) -> Row:
+    """Stock llama.cpp on the stock file, mapped: what does not fit is read by page faults, one after the other."""
+    total = touched = chosen = 0.0
+    tied = all(source.name != "output.weight" for source in model.sources)
+    for source in model.sources:
+        total += source.nbytes
+        if source.name == "token_embd.weight" and not tied:
+            continue
+        routed = "_exps." in source.name
+        touched += source.nbytes * (model.routed if routed else 1.0)
+        chosen += source.nbytes if routed else 0
+    compute = touched / speeds.stock
+    if budget is None or total + process <= budget:
+        return Row("stock, mapped", 1 / compute, round(total + process), compute, 0.0, touched, 0.0, 0.0, ours=False)
+    if speeds.disk is None:
+        return Row("stock, mapped", None, budget, reason="the disk cannot be measured", ours=False)
+    room = max(0.0, budget - process)
+    if chosen:
+        always = total - chosen
+        share = min(1.0, max(0.0, (room - always) / chosen))
+        wanted = chosen * model.routed
+        missing = wanted * (1 - hits.of_experts()(share))
+    else:
+        wanted = missing = touched  # least recently used, all of it used in turn: nothing survives until its next use
+    seconds = missing / (_MMAP_SHARE * speeds.disk.bandwidth)
+    return Row("stock, mapped", 1 / (compute + seconds), budget, compute, seconds, touched, missing, missing / 131072,
+               1 - missing / wanted, ours=False)  # fmt: skip
+
+
+def rows(model: Model, budget: int | None, context: Context, speeds: Speeds) -> list[Row]:
+    """All placements of one model for a budget, those that do not fit too."""
+    found: list[Row] = []
+    for memory, deciders in ((1 << 60, None), (budget, "kept"), (budget, "streamed")):
+        if memory is None or (deciders == "streamed" and model.files.sparse is None):
+            continue
+        try:
+            placement = place(model.files, memory, context, deciders)
+        except BudgetError as error:
+            name = f"neurons streamed, deciding matrices {deciders}" if model.files.sparse is not None else "streamed"
+            found.append(Row(name, None, error.least, reason=f"takes {_mb(error.least)} at least"))
+            continue
+        row = predict(model, placement, speeds)
+        if memory == 1 << 60 and budget is not None and (row.memory or 0) > budget:
+            row = Row(row.placement, None, row.memory, reason=f"takes {_mb(row.memory)}")
+        if row.placement not in [other.placement for other in found]:
+            found.append(row)
+    return found
+
+
+def plan(
+    name: str,
+    memory: str | int | None,
+    *,
+    quant: str | None = None,
+    layers: int | None = None,
+    density: float | None = None,
+    n_ctx: int = 512,
+    threads: int | None = None,
+    speeds: Speeds | None = None,
+    process: int | None = None,
+    step: Progress = lambda text: None,
+) -> dict[str, Any]:
+    """The JSON of `powerinfer plan`.
+
+    name: a file, or the name of a shape (then quant and layers say more). density: share of the neurons that is
+    computed, where the file's own profile is not to count. speeds, process: measured if not given.
+    Raises PowerInferError for a budget that makes no sense, FormatError, ConversionError, OSError.
+    """
+    threads = threads or len(os.sched_getaffinity(0))
+    with open_model(name, quant=quant, layers=layers, density=density) as models:
+        first = models[0]
+        budget = parse_memory(memory, first.files.nbytes)
+        if speeds is None:
+            step("Measuring how fast this machine computes and reads")
+            speeds = measure(models[-1], threads, name if os.path.exists(name) else None)
+        if process is None:
+            process = _PROCESS
+        context = Context(n_ctx, n_ctx, min(n_ctx, 512), process=process)
+        table: list[tuple[Model, Row]] = [(m, row) for m in models for row in rows(m, budget, context, speeds)]
+        stock = _stock(first, budget, speeds, process) if first.files.sparse is None else None
+        chosen = _choose(models, budget, context, speeds)
+        return {
+            "model": name,
+            "bytes": first.files.nbytes,
+            "budget": budget,
+            "n_ctx": n_ctx,
+            "threads": threads,
+            "placements": [{"model": m.name, **asdict(row)} for m, row in table]
+            + ([{"model": name, **asdict(stock)}] if stock else []),
+            "choice": chosen,
+            "assumptions": [
+                line
+                for m in models
+                for line in (
+                    f"{m.name}: {m.density:.1%} of the (routed) neurons are computed ({m.density_from})",
+                    f"{m.name}: hit rates of the cache from {m.hit_rate.source}",
+                )
+            ],
+            "speeds": {
+                "stock_gbps": speeds.stock / 1e9,
+                "experts_gbps": speeds.experts / 1e9,
+                "neurons_gbps": speeds.neurons / 1e9,
+                "memory_gbps": speeds.memory / 1e9,
+                "disk": asdict(speeds.disk) if speeds.disk else None,
+            },
+        }
+
+
+_PROCESS = 64 << 20  # bytes that Python, llama.cpp's libraries and ours take before a model
+
+
+def _choose(models: list[Model], budget: int | None, context: Context, speeds: Speeds) -> dict[str, Any] | None:
+    """The placement that loading each of the models makes, the fastest of them, and why."""
+    found = []
+    for model in models:
+        try:
+            found.append((model, predict(model, place(model.files, budget or 1 << 60, context), speeds)))
+        except BudgetError:
+            continue
+    found = [(model, row) for model, row in found if row.decode_tps]
+    if not found:
+        return None
+    model, best = max(found, key=lambda pair: pair[1].decode_tps)
+    reason = "everything fits" if best.placement == "all in memory" else _why(best)
+    if len(found) > 1:
+        others = ", ".join(f"{other.decode_tps:.1f} tokens/s as {m.name}" for m, other in found if other is not best)
+        reason += f"; {others}"
+    return {"model": model.name, **asdict(best), "reason": reason}
+
+
+def _why(row: Row) -> str:
+    slower, faster = ("reading", "computing") if row.disk_s > row.compute_s else ("computing", "reading")
+    return (
+        f"it is the one that fits: {1000 * row.disk_s:.1f} ms of reading and {1000 * row.compute_s:.1f} ms of computing "
+        f"per token, so {slower} decides and hides part of the {faster}"
+    )
+
+
+def _mb(size: float | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.0f} MB"
+
+
+# ---- the command -----------------------------------------------------------------------------------
+
+EXAMPLES = (
+    "powerinfer plan model.sparse.gguf --memory 50%",
+    "powerinfer plan qwen3-30b-a3b --memory 8GiB --quant Q4_0",
+    "powerinfer plan smallthinker-21b-a3b --memory 4GiB --density 0.4 --json",
+)
+
+
+def render(result: dict[str, Any], console: Console) -> None:
+    """Print what `plan` returned."""
+    budget = result["budget"]
+    console.print(
+        f"{result['model']}: {_mb(result['bytes'])}, "
+        + ("no budget" if budget is None else f"a budget of {_mb(budget)} ({budget / result['bytes']:.0%})"),
+        markup=False,
+    )
+    several = len({entry["model"] for entry in result["placements"]}) > 1
+    table = Table(
+        *(("model",) if several else ()), "placement", "tokens/s", "memory", "hits", "missing/token", "reads", "disk ms",
+        "compute ms", box=SIMPLE_HEAD,
+    )  # fmt: skip
+    for entry in result["placements"]:
+        cells = [entry["model"]] if several else []
+        if entry["decode_tps"] is None:
+            table.add_row(*cells, entry["placement"], "-", entry["reason"], *[""] * 5, style="dim")
+            continue
+        table.add_row(
+            *cells,
+            entry["placement"],
+            f"{entry['decode_tps']:.1f}",
+            _mb(entry["memory"]),
+            "-" if entry["hit_rate"] is None else f"{entry['hit_rate']:.0%}",
+            f"{entry['missing_bytes'] / 1e6:.1f} MB",
+            f"{entry['reads']:.0f}",
+            f"{1000 * entry['disk_s']:.1f}",
+            f"{1000 * entry['compute_s']:.1f}",
+        )
+    console.print(table)
+    choice = result["choice"]
+    if choice is None:
+        console.print("No placement fits: take the least budget above, or a model with fewer bytes.", markup=False)
+    else:
+        console.print(
+            f"Choice: {choice['placement']} ({choice['model']}), about {choice['decode_tps']:.1f} tokens/s: "
+            f"{choice['reason']}.",
+            markup=False,
+        )
+    for line in result["assumptions"]:
+        console.print(f"Assumed: {line}.", markup=False)
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A GGUF or sparse-GGUF file, or the name of a shape (powerinfer synth)."),
+    ],
+    memory: Annotated[
+        str | None,
+        typer.Option(metavar="BUDGET", help="Memory for the whole process: 4GiB, 800MB, or 50% of the model's file."),
+    ] = None,
+    quant: Annotated[
+        str | None, typer.Option(help="For a shape: the type of its matrices.", show_default="Q4_0")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="For a shape: how many of its layers.")] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, max=1, help="Share of the neurons that is computed.", show_default="the file's, or 0.1"
+        ),
+    ] = None,
+    ctx: Annotated[int, typer.Option(min=1, help="Context length in tokens.")] = 512,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads.", show_default="as many as there are CPUs to use")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")] = False,
+) -> None:
+    """Say what of a model would be kept in memory and what streamed, and how fast that would be, without running it.
+
+    Answers for a shape's name without any file. Memory, kernels and disk of this machine are measured (a second).
+    """
+    with Console(stderr=True).status("") as status:
+        result = plan(
+            _named(model), memory, quant=quant, layers=layers, density=density, n_ctx=ctx, threads=threads,
+            step=lambda what: status.update(f"{what} ..."),
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        render(result, Console(highlight=False))
+    if result["choice"] is None:
+        raise typer.Exit(1)
+
+
+def _named(model: str) -> str:
+    """The path of a model given as a path or as the name of a bundled one; the name of a shape as it is."""
+    from gguf_tools.shapes import SHAPES
+    from powerinfer_ext.models import find
+
+    if os.path.exists(model) or model in SHAPES or "/" in model or model.endswith(".gguf"):
+        return model
+    try:
+        return str(find(model).path)
+    except ValueError as error:
+        raise PowerInferError(f"{model}: there is no such file, and {error}; shapes are {', '.join(SHAPES)}") from None
