@@ -37,8 +37,8 @@ class Buffer:
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
         ffi, _ = native()
-        # Bytes below 0x30 make small halves, floats and exponents, wherever the type has them.
-        self.memory = np.resize(rng.integers(0, 0x30, 64 * MIB, np.uint8), size)
+        # These bytes make small halves, floats and exponents wherever a type has them, and no subnormal ones.
+        self.memory = np.resize(rng.integers(0x20, 0x30, 64 * MIB, np.uint8), size)
         self.pointer = ffi.from_buffer(self.memory)
         self.read_at = 0
 

@@ -62,7 +62,8 @@ double pi_read_seconds(const void *buffer, int64_t size, int n_threads) {
 #pragma omp parallel num_threads(n_threads) reduction(^ : all)
     {
         const int64_t lines = size / 64, t = omp_get_thread_num(), n = omp_get_num_threads();
-        const uint8_t *p = (const uint8_t *)buffer + lines * t / n * 64, *end = (const uint8_t *)buffer + lines * (t + 1) / n * 64;
+        const uint8_t *p = (const uint8_t *)buffer + lines * t / n * 64;
+        const uint8_t *const end = (const uint8_t *)buffer + lines * (t + 1) / n * 64;
 #pragma omp barrier
 #pragma omp master
         start = seconds();

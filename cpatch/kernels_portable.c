@@ -33,7 +33,9 @@ PRIMITIVE float half(const uint8_t *p) {
     memcpy(&f, &bits, 4);
     return f;
 }
-PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float factor, float *out) { EACH(8) out[i] = half(p + (size_t)i * stride) * factor; }
+PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float factor, float *out) {
+    EACH(8) out[i] = half(p + (size_t)i * stride) * factor;
+}
 
 /* 2 to the power of 8 bytes, stride bytes apart, minus 128, times factor; subnormals included. */
 PRIMITIVE void powers_8(const uint8_t *p, size_t stride, float factor, float *out) {
