@@ -20,8 +20,8 @@ BEGIN, END = "<!-- results: python -m bench.tables -->", "<!-- end of results --
 
 HEAD = (
     "| model | memory | engine | prefill tokens/s | decode tokens/s | decode against stock | limit of the "
-    "hardware | reached | peak | from disk per token |",
-    "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    "hardware | reached | peak | from disk per token | cache hits | limit for what was read | reached | planned |",
+    "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
 )
 
 
@@ -43,6 +43,8 @@ def rows(result: dict[str, Any]) -> list[str]:
 
 def _row(model: str, memory: str, name: str, entry: dict[str, Any], condition: dict[str, Any]) -> str:
     bound = condition["roofline"]["engines"].get(name, {})
+    measured = bound.get("measured") or {}
+    plan = (condition.get("plan") if name == "sparse" else None) or {}
     ratio = condition["ratio"] if name == "sparse" else {"decode": None}
     speed = entry["decode_tps"]
     if speed is None:
@@ -66,6 +68,10 @@ def _row(model: str, memory: str, name: str, entry: dict[str, Any], condition: d
         _shown(bound.get("fraction"), "{:.0%}"),
         _shown(entry["group_peak_bytes"] or entry["peak_bytes"], "{:.2f} GB", 1e-9),
         _shown(entry["bytes_read_per_token"], "{:.1f} MB", 1e-6),
+        _shown(entry.get("cache_hit_rate"), "{:.0%}"),
+        _shown(measured.get("bound_tps"), "{:.1f}"),
+        _shown(measured.get("fraction"), "{:.0%}"),
+        _shown(plan.get("predicted_tps"), "{:.1f}") + _shown(plan.get("error"), " ({:+.0%})").lstrip("-"),
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -110,14 +110,16 @@ def bench(
         ]
         step("Measuring how fast memory and disk are read")
         speeds = _speeds(pair.stock)
+        speeds["rates"] = [_rates(pair.sparse, threads)]
         about = _machine(pair.stock, threads)
         measured = [_condition(pair, everyone, work, limit, step) for limit in limits]
         step("Measuring how fast memory is read, again")
         speeds["memory"] += _memory_speed()  # it changes with what a virtual machine's neighbours do
+        speeds["rates"].append(_rates(pair.sparse, threads))
         results = []
         for condition, limits_of in measured:
             condition["roofline"] = limits_of(speeds)
-            condition["plan"] = planned(pair.sparse, condition, speeds, threads, prompt + gen)
+            condition["plan"] = planned(pair.sparse, condition, speeds, prompt + gen)
             results.append({**condition, "summary": sentences(condition)})
         first, others = results[0], results[1:]
         return {
@@ -433,7 +435,7 @@ def _one_run(entry: figures.Series, work: figures.Workload, limit: int | None, c
 
 
 def planned(
-    path: str, condition: dict[str, Any], speeds: dict[str, Any], threads: int, n_ctx: int
+    path: str, condition: dict[str, Any], speeds: dict[str, Any], n_ctx: int
 ) -> dict[str, Any] | None:
     """What `powerinfer plan` predicts for our engine under a condition's limit, beside what it reached.
 
@@ -452,14 +454,13 @@ def planned(
     context = Context(n_ctx, n_ctx, min(n_ctx, 512), process=good[-1].get("process_bytes"))
     with plan.open_model(path, density=sum(shares) / len(shares) if shares else None) as models:
         model = models[0]
-        if "rates" not in speeds:
-            speeds["rates"] = plan.measure(model, threads, path)
+        rates = plan.mean(speeds["rates"])
         try:
             room = replace(context, n_ubatch=choose_ubatch(model.files, limit, context) or context.n_ubatch)
             placement = place(model.files, limit if limit is not None else 1 << 60, room)
         except BudgetError as error:
             return {"placement": None, "predicted_tps": None, "error": None, "reason": str(error)}
-        row = plan.predict(model, placement, speeds["rates"])
+        row = plan.predict(model, placement, rates)
     reached = ours["decode_tps"]
     return {
         "placement": row.placement,
@@ -467,8 +468,16 @@ def planned(
         "error": row.decode_tps / reached - 1 if row.decode_tps and reached else None,
         "row": asdict(row),
         "hit_rate_from": model.hit_rate.source,
-        "speeds": asdict(speeds["rates"]),
+        "speeds": asdict(rates),
     }
+
+
+def _rates(path: str, threads: int) -> Any:
+    """`plan.Speeds` for the model at `path`, as they are now."""
+    from powerinfer_ext import plan
+
+    with plan.open_model(path) as models:
+        return plan.measure(models[0], threads, path, fresh=True)
 
 
 def _cpu_times() -> tuple[float, float]:

@@ -71,7 +71,7 @@ def cost(path: str | os.PathLike[str], *, remeasure: bool = False) -> DiskCost |
 
 
 def gap(path: str | os.PathLike[str]) -> int:
-    """Bytes between two wanted ranges that are read through rather than skipped, on the device of the file at `path`."""
+    """Bytes between two wanted ranges of the file at `path` that are read through rather than skipped."""
     found = cost(path)
     return GAP if found is None else min(found.gap, RUN // 2)
 
@@ -85,7 +85,9 @@ def _measure(path: str | os.PathLike[str], size: int) -> DiskCost | None:
     return DiskCost(many[0], many[1], max(one[0], many[0]))
 
 
-def _measure_at(path: str | os.PathLike[str], size: int, depth: int, seconds: float) -> tuple[float, float] | None:
+def _measure_at(
+    path: str | os.PathLike[str], size: int, depth: int, seconds: float
+) -> tuple[float, float] | None:
     """(latency, bandwidth) with that many reads in flight; None when it cannot be read past the page cache."""
     from powerinfer_ext.loader import native
 

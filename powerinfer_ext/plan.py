@@ -250,8 +250,10 @@ def _converted(files: Any) -> _Header:
 # ---- speeds ----------------------------------------------------------------------------------------
 
 
-def measure(model: Model, threads: int, path: str | os.PathLike[str] | None) -> Speeds:
-    """The speeds that matter for `model`. path: a file on the disk that it lies on (None: where the cache is kept)."""
+def measure(model: Model, threads: int, path: str | os.PathLike[str] | None, fresh: bool = False) -> Speeds:
+    """The speeds that matter for `model`. path: a file on the disk that it lies on (None: the home folder).
+    fresh: measure it even where that was done before.
+    """
     sizes: dict[int, int] = {}
     for source in model.sources:
         if len(source.shape) > 1:
@@ -267,7 +269,18 @@ def measure(model: Model, threads: int, path: str | os.PathLike[str] | None) -> 
     if layer is not None:
         kinds = [kind for kind in (layer.up_type, layer.gate_type) if kind is not None]
         neurons = _kernel_rate(kinds[0] if kinds else None, layer.down_type, n_embd, layer.stride, whole, threads, True)
-    return Speeds(_stock_rate(main, n_embd, whole, threads), experts, neurons, _memory(), _disk(path))
+    return Speeds(_stock_rate(main, n_embd, whole, threads), experts, neurons, _memory(), _disk(path, fresh))
+
+
+def mean(measured: list[Speeds]) -> Speeds:
+    """Of measurements at several times: a machine's speed changes, and a prediction is for all of the time."""
+
+    def means(things: list[Any], *names: str) -> list[float]:
+        return [float(np.mean([getattr(thing, name) for thing in things])) for name in names]
+
+    disks = [each.disk for each in measured if each.disk is not None]
+    device = disk.DiskCost(*means(disks, "latency", "bandwidth", "round_trip")) if disks else None
+    return Speeds(*means(measured, "stock", "experts", "neurons", "memory"), device)
 
 
 def _memory() -> float:
@@ -277,9 +290,9 @@ def _memory() -> float:
         return 0.0
 
 
-def _disk(path: str | os.PathLike[str] | None) -> disk.DiskCost | None:
+def _disk(path: str | os.PathLike[str] | None, fresh: bool) -> disk.DiskCost | None:
     if path is not None:
-        return disk.cost(path)
+        return disk.cost(path, remeasure=fresh)
     try:
         with machine.direct_file(Path.home() if os.access(Path.home(), os.W_OK) else Path("."), 64 << 20) as (fd, _):
             return disk.cost(f"/proc/self/fd/{fd}")
@@ -636,8 +649,8 @@ def _choose(models: list[Model], budget: int | None, context: Context, speeds: S
 def _why(row: Row) -> str:
     slower, faster = ("reading", "computing") if row.disk_s > row.compute_s else ("computing", "reading")
     return (
-        f"it is the one that fits: {1000 * row.disk_s:.1f} ms of reading and {1000 * row.compute_s:.1f} ms of computing "
-        f"per token, so {slower} decides and hides part of the {faster}"
+        f"it is the one that fits: {1000 * row.disk_s:.1f} ms of reading and {1000 * row.compute_s:.1f} ms of "
+        f"computing per token, so {slower} decides and hides part of the {faster}"
     )
 
 
@@ -663,10 +676,8 @@ def render(result: dict[str, Any], console: Console) -> None:
         markup=False,
     )
     several = len({entry["model"] for entry in result["placements"]}) > 1
-    table = Table(
-        *(("model",) if several else ()), "placement", "tokens/s", "memory", "hits", "missing/token", "reads", "disk ms",
-        "compute ms", box=SIMPLE_HEAD,
-    )  # fmt: skip
+    columns = ("placement", "tokens/s", "memory", "hits", "missing/token", "reads", "disk ms", "compute ms")
+    table = Table(*(("model",) if several else ()), *columns, box=SIMPLE_HEAD)
     for entry in result["placements"]:
         cells = [entry["model"]] if several else []
         if entry["decode_tps"] is None:

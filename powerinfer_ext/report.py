@@ -144,7 +144,9 @@ _CAPTIONS = {
     "speed": "Tokens per second; the whiskers span the single runs, × is our speed over stock's under the "
     "same memory limit (the median over pairs of runs).",
     "roofline": "The lines are what memory and disk bandwidth, measured on this machine, allow at most; the "
-    "dots are what was measured. An engine that touches fewer bytes has a higher limit.",
+    "dots are what was measured. An engine that touches fewer bytes has a higher limit. Where memory is limited, the "
+    "lines are for weights that every token touches; a hollow mark above or below its line is the limit for experts or "
+    "neurons, of which a cache misses only some.",
     "latency": "Time of every decoded token, the median over the runs.",
     "memory": "Speed against the memory held at the peak: resident, or with the page cache where memory was "
     "limited.",
@@ -157,7 +159,10 @@ def page(result: dict[str, Any], plots: dict[str, bytes]) -> str:
     """The HTML text; `plots` are PNG files by name."""
 
     def number(path: str, pattern: str = "{}", factor: float = 1.0) -> str:
-        value = look_up(result, path)
+        try:
+            value = look_up(result, path)
+        except (KeyError, TypeError):  # an engine that does not stream has no counters of it
+            value = None
         if value is None:
             return "–"
         shown = pattern.format(value if factor == 1 else value * factor)
@@ -256,6 +261,10 @@ _ROWS = (
     ("peak resident, MB", "peak_bytes", "{:.0f}", 1e-6),
     ("peak with page cache, MB", "group_peak_bytes", "{:.0f}", 1e-6),
     ("read from disk, MB per token", "bytes_read_per_token", "{:.2f}", 1e-6),
+    ("cache hit rate", "streaming.hit_rate", "{:.1%}", 1.0),
+    ("reads per token", "streaming.reads_per_token", "{:.0f}", 1.0),
+    ("waiting for reads, ms per token", "streaming.io_wait_ms_per_token", "{:.1f}", 1.0),
+    ("prefetches that were used", "streaming.prefetch_accuracy", "{:.0%}", 1.0),
 )
 
 

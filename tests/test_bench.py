@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from gguf_tools import convert
 from gguf_tools.reader import GGUFFile
 from gguf_tools.sparse import SparseGGUF
-from powerinfer_ext import bench, disk, engines, figures, machine, memory_limit, roofline
+from powerinfer_ext import bench, disk, engines, figures, machine, memory_limit, plan, roofline
 from powerinfer_ext.errors import PowerInferError
 
 PROMPT, GEN = 12, 6
@@ -44,10 +44,12 @@ def result(models: tuple[str, str]) -> dict[str, Any]:
     ]
     steps: list[str] = []
     patch = pytest.MonkeyPatch()  # the bandwidths need not be right here
-    memory, disk = roofline.memory_bandwidth, roofline.disk_speeds
+    memory, reads = roofline.memory_bandwidth, roofline.disk_speeds
     patch.setattr(figures, "OTHERS_THRESHOLD", 2.0)  # nor the machine quiet
+    patch.setattr(bench, "_rates", lambda path, threads: plan.Speeds(2e10, 2e10, 1e10, 3e10, None))
+    patch.setattr(disk, "cost", lambda path, remeasure: disk.DiskCost(1e-5, 1e9, 1e-4))
     patch.setattr(roofline, "memory_bandwidth", lambda: memory(0.02))
-    patch.setattr(roofline, "disk_speeds", lambda path: disk(path, 0.005))
+    patch.setattr(roofline, "disk_speeds", lambda path: reads(path, 0.005))
     found = bench.bench(models[1], engines=others, prompt=PROMPT, gen=GEN, runs=2, threads=2, step=steps.append)
     patch.undo()
     order = [step.rpartition(" ")[2] for step in steps if step.startswith("Run ")]
@@ -81,6 +83,10 @@ def test_layout(result: dict[str, Any]) -> None:
     assert result["machine"]["versions"]["llama-cpp-python"]
     assert result["workload"]["prompt"] == PROMPT and result["conditions"] == []
     assert result["memory_limit"]["bytes"] is None
+    assert result["plan"]["placement"] == "all in memory" and result["plan"]["predicted_tps"] > 0
+    assert result["plan"]["error"] == pytest.approx(
+        result["plan"]["predicted_tps"] / result["sparse"]["decode_tps"] - 1
+    )
 
 
 def test_engines_did_the_same_work(result: dict[str, Any]) -> None:

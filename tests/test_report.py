@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
-from powerinfer_ext import bench, engines, figures, report, roofline
+from powerinfer_ext import bench, disk, engines, figures, report, roofline
 from powerinfer_ext.errors import PowerInferError
 
 PUBLISHED = sorted((Path(__file__).parent.parent / "bench" / "results").glob("*.json"))
 
 
-def _series(name: str, decode: list[float]) -> figures.Series:
+def _series(name: str, decode: list[float], streams: bool = False) -> figures.Series:
+    counted = {"prefill": _flash(16), "decode": _flash(8)}
+    flash = {"engine": "io_uring", "slots_bytes": 10**8, "budget": 6 * 10**8, **counted}
     layers = [
         {"layer": i, "neurons": 100, "density": 0.1 + i / 50, "decode": {
             "density": 0.1 + i / 50, "selected": 10 + 2 * i, "touched": 10 + 2 * i}}
@@ -29,17 +31,25 @@ def _series(name: str, decode: list[float]) -> figures.Series:
          "prefill_tokens": 16, "decode_tokens": 8, "peak_bytes": 2_100_000_000, "peak_anonymous_bytes": 10**9,
          "peak_file_bytes": 10**9, "page_cache_bytes": 10**9, "group_peak_bytes": None, "n_vocab": 300,
          "decode_read_bytes": 4096, "load_read_bytes": 0, "major_faults_decode": 0, "plugin_loaded": False,
-         "cpu_s": 3.0, "wall_s": 2.0, "sparse": {"layers": layers}}
+         "cpu_s": 3.0, "wall_s": 2.0, "sparse": {"layers": layers}, "flash": flash if streams else None}
         for speed in decode
     ]  # fmt: skip
     return figures.Series(engines.Engine(name), "model.gguf", True, list(runs))
 
 
+def _flash(n: int) -> dict[str, Any]:
+    """Counters of a run that streamed, over n tokens."""
+    return {"wanted": 1000 * n, "missed": 130 * n, "unit_bytes": 9_500_000 * n, "read_bytes": 10_500_000 * n,
+            "reads": 77 * n, "wait_seconds": 0.0123 * n, "prefetched": 50 * n, "useful": 40 * n,
+            "wasted": 3 * n}  # fmt: skip
+
+
 def _condition(limit: int | None, fits: bool) -> dict[str, Any]:
     """What `bench` measures under one memory limit; `fits`: our engine ran."""
+    streams = limit is not None and fits
     named = {
         "stock": _series("stock", [20.0, 21.0, 19.5] if limit is None else [1.3, 1.2, 1.3]),
-        "sparse": _series("sparse", [41.0, 40.0, 42.0] if fits else []),
+        "sparse": _series("sparse", [41.0, 40.0, 42.0] if fits else [], streams),
         "<other>": figures.Series(engines.Engine("<other>", "x {model}"), "model.gguf", True),
     }
     named["<other>"].failure = {"error": "<other> died of <SIGSEGV>", "output": "<b>&", "fits": None,
@@ -49,7 +59,9 @@ def _condition(limit: int | None, fits: bool) -> dict[str, Any]:
                                    "needs_bytes": 10**9}  # fmt: skip
     touches = {"stock": roofline.TokenBytes(3 * 10**8, 0, 7 * 10**8, 10**9),
                "sparse": roofline.TokenBytes(3 * 10**8, 10**8, 10**8, 10**9)}  # fmt: skip
-    speeds = {"memory": [15e9, 25e9], "disk": 1.5e9, "disk_table": [{"block": 65536, "depth": 16, "gbps": 1.5}]}
+    device = disk.DiskCost(1e-5, 1.5e9, 1e-4)
+    speeds = {"memory": [15e9, 25e9], "disk": 1.5e9, "device": device,
+              "disk_table": [{"block": 65536, "depth": 16, "gbps": 1.5}]}  # fmt: skip
     work = figures.Workload([], "drawn", 16, 8, 3, 2, 60)
     verdict = {"ok": True, "reasons": [], "engines": {}, "top1_agreement": 0.99}
     ratio = figures.ratios(named, verdict)
@@ -65,6 +77,8 @@ def _condition(limit: int | None, fits: bool) -> dict[str, Any]:
         "comparable": verdict,
         "noise": {**figures.noise(named, ratio, (0.0, 0.0, 0.0)), "set_aside": []},
     }  # fmt: skip
+    if streams:
+        condition["plan"] = {"placement": "neurons streamed", "predicted_tps": 44.5, "error": 44.5 / 41 - 1}
     condition["summary"] = bench.sentences(condition)
     return condition
 
@@ -85,7 +99,7 @@ def result() -> dict[str, Any]:
         "model": model,
         "workload": {"prompt": 16, "gen": 8, "runs": 3, "tokens_from": "drawn", "warm_up": "w", "order": "o"},
         **_condition(None, True),
-        "conditions": [_condition(500_000_000, False)],
+        "conditions": [_condition(500_000_000, False), _condition(600_000_000, True)],
         "machine": about,
     }
 
@@ -128,12 +142,25 @@ def test_every_number_is_in_the_json(result: dict[str, Any]) -> None:
     for known in ("2026-01-02 03:04 UTC", "3.11.2", "0.3.36", "avx2", "90th", "99th", "relu2"):
         left = left.replace(known, "")
     left = re.sub(r"run \d+|\d+ runs", "", left)
-    for line in result["noise"]["reasons"] + result["conditions"][0]["noise"]["reasons"]:
+    for line in (line for condition in (result, *result["conditions"]) for line in condition["noise"]["reasons"]):
         left = left.replace(line, "")
     assert re.findall(r"\S*\d\S*", left) == []
     texts = re.findall(r'data-json-text="summary">([^<]*)<', page)
-    known = result["summary"] + result["conditions"][0]["summary"]
+    known = [line for condition in (result, *result["conditions"]) for line in condition["summary"]]
     assert texts and all(html.unescape(text) in known for text in texts)
+
+
+def test_what_streaming_counted(result: dict[str, Any]) -> None:
+    found = result["conditions"][1]["sparse"]
+    assert found["cache_hit_rate"] == pytest.approx(0.87) and found["streaming"]["reads_per_token"] == 77
+    assert found["streaming"]["io_wait_ms_per_token"] == pytest.approx(12.3 / 2)  # of two threads
+    assert found["streaming"]["prefetch_accuracy"] == pytest.approx(40 / 43)
+    measured = result["conditions"][1]["roofline"]["engines"]["sparse"]["measured"]
+    assert measured["bound_by"] == "memory" and measured["bound_tps"] == pytest.approx(25e9 / 5e8)
+    assert measured["device_tps"] == pytest.approx(1 / max(77e-5 + 10.5e6 / 1.5e9, 0.02))
+    page = report.page(result, {})
+    assert "87.0%" in page and 'data-json="conditions.1.sparse.streaming.hit_rate"' in page
+    assert any("powerinfer plan predicts 44.5 tokens/s" in line for line in result["conditions"][1]["summary"])
 
 
 def test_self_contained_and_escaped(result: dict[str, Any], tmp_path: Path) -> None:
