@@ -88,8 +88,9 @@ bool flash_stale(struct flash *flash) {
     return atomic_load_explicit(&flash->stale, memory_order_relaxed);
 }
 
+/* The first failure counts, except that a file that has changed is worse than any other. */
 static void record_error(struct flash *f, int error, int file, uint64_t offset) {
-    if (f->error != 0) return;
+    if (f->error != 0 && (error != ESTALE || f->error == ESTALE)) return;
     f->error = error;
     f->error_file = file;
     f->error_offset = offset;
@@ -100,7 +101,7 @@ int flash_error(struct flash *f, int *file, uint64_t *offset) {
     const int error = f->error;
     *file = f->error_file;
     *offset = f->error_offset;
-    f->error = 0;
+    if (error != ESTALE) f->error = 0; /* what has changed stays so */
     unlock(f);
     return error;
 }
@@ -230,17 +231,40 @@ static void drop_slot(struct store *s, int32_t slot) {
     atomic_store_explicit(&s->state[slot], STORE_EMPTY, memory_order_release);
 }
 
+/* Looks, after reading from it, whether a file is still the one we know: then what was read is its. Reading does not change
+ * mtime, writing does before it changes a byte. Call with the lock held. */
+static void check_file(struct flash *f, int file, uint64_t offset) {
+    struct stat now;
+    const struct stat *then = &f->stats[file];
+    if (fstat(f->fds[file], &now) == 0 && now.st_size == then->st_size && now.st_mtim.tv_sec == then->st_mtim.tv_sec &&
+        now.st_mtim.tv_nsec == then->st_mtim.tv_nsec)
+        return;
+    record_error(f, ESTALE, file, offset);
+    atomic_store(&f->stale, true);
+}
+
+/* Is a unit of this read waited for, or was all of it only read ahead? Who wants that will read it again. */
+static bool is_needed(const struct pending *p) {
+    const struct store *s = p->store;
+    for (uint32_t u = p->first; u <= p->last; u++) {
+        const int32_t slot = s->slot_of[u];
+        if (slot >= 0 && s->state[slot] == STORE_LOADING && !s->ahead[slot]) return true;
+    }
+    return false;
+}
+
 /* Serves every unit of a finished read that is still wanted from it. Call with the lock held. */
 static void complete(struct flash *f, const struct io_done *done) {
     struct pending *p = &f->pending[done->tag];
     struct store *s = p->store;
-    if (done->error != 0) record_error(f, done->error, done->file, done->offset);
+    const bool failed = done->error != 0 || flash_stale(f);
+    if (done->error != 0 && is_needed(p)) record_error(f, done->error, done->file, done->offset);
     const uint8_t *from = s->direct ? NULL : f->staging + (size_t)p->staging * f->staging_size +
                                                  (unit_offset(s, p->first) & (s->align - 1));
     for (uint32_t u = p->first; u <= p->last; u++) {
         const int32_t slot = s->slot_of[u];
         if (slot < 0 || s->state[slot] != STORE_LOADING) continue;
-        if (done->error != 0) {
+        if (failed) {
             drop_slot(s, slot);
             continue;
         }
@@ -256,7 +280,11 @@ static void complete(struct flash *f, const struct io_done *done) {
 
 /* Serves what was collected. Call with the lock held. */
 static void serve(struct flash *f, const struct io_done *done, int n) {
-    for (int i = 0; i < n; i++) complete(f, &done[i]);
+    for (int i = 0; i < n; i++) {
+        const int file = done[i].file;
+        if (i == 0 || file != done[i - 1].file) check_file(f, file, done[i].offset);
+        complete(f, &done[i]);
+    }
     pump(f);
     if (n > 0) atomic_fetch_add(&f->generation, 1);
 }
@@ -499,15 +527,6 @@ int store_want(struct store *s, const int32_t *units, int n, bool ahead) {
 void store_flush(struct store *s) {
     struct flash *f = s->flash;
     lock(f);
-    if (s->run_open) { /* reading goes on: see that it is still the file we know. Reading does not change mtime. */
-        struct stat now;
-        const struct stat *then = &f->stats[s->spec.file];
-        if (fstat(f->fds[s->spec.file], &now) != 0 || now.st_size != then->st_size ||
-            now.st_mtim.tv_sec != then->st_mtim.tv_sec || now.st_mtim.tv_nsec != then->st_mtim.tv_nsec) {
-            record_error(f, ESTALE, s->spec.file, unit_offset(s, s->run_first));
-            atomic_store(&f->stale, true);
-        }
-    }
     close_run(s);
     pump(f);
     unlock(f);

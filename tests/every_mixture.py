@@ -104,7 +104,8 @@ def metadata(arch: str, n_expert: int = 8, n_used: int = 2) -> list[Field]:
             "attention.value_length_swa": head,
             "rope.freq_base_swa": 10000.0,
         }
-    fields = [Field.scalar("general.architecture", STRING, arch), Field.scalar("tokenizer.ggml.model", STRING, "no_vocab")]
+    names = {"general.architecture": arch, "tokenizer.ggml.model": "no_vocab"}
+    fields = [Field.scalar(key, STRING, value) for key, value in names.items()]
     return fields + [_field(f"{arch}.{key}", value) for key, value in values.items()]
 
 
@@ -128,8 +129,9 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
     folder = Path(llama_cpp.__file__).parent / "lib"
     base = ctypes.CDLL(str(folder / "libggml-base.so.0"))  # .so.0: see tiny_models
     llama = bindings._lib
-    llama.llama_model_init_from_user.restype = ctypes.c_void_p
-    llama.llama_model_init_from_user.argtypes = [ctypes.c_void_p, _SET_DATA, ctypes.c_void_p, bindings.llama_model_params]
+    make = llama.llama_model_init_from_user
+    make.restype = ctypes.c_void_p
+    make.argtypes = [ctypes.c_void_p, _SET_DATA, ctypes.c_void_p, bindings.llama_model_params]
     base.gguf_init_empty.restype = ctypes.c_void_p
     base.ggml_get_name.restype = ctypes.c_char_p
     base.ggml_get_name.argtypes = [ctypes.POINTER(_Tensor)]
@@ -168,7 +170,9 @@ def tensors_of(fields: Sequence[Field]) -> dict[str, tuple[int, ...]] | None:
     return found
 
 
-def make_mixture(path: Path, arch: str, quant: str = "F32", *, seed: int = 1, splits: int = 1, **counts: int) -> Path | None:
+def make_mixture(
+    path: Path, arch: str, quant: str = "F32", *, seed: int = 1, splits: int = 1, **counts: int
+) -> Path | None:
     """Write a model of the architecture whose experts have the type `quant`; None when llama.cpp refuses it.
 
     splits: into so many files; the path of the first is returned.
@@ -200,7 +204,9 @@ def write_model(
 ) -> Path:
     """A GGUF, in one file or as split files; returns the path of the first."""
     bounds = np.linspace(0, len(tensors), splits + 1).astype(int)
-    paths = [path] if splits == 1 else [path.with_name(f"{path.stem}-{i + 1:05d}-of-{splits:05d}.gguf") for i in range(splits)]
+    paths = [path.with_name(f"{path.stem}-{i + 1:05d}-of-{splits:05d}.gguf") for i in range(splits)]
+    if splits == 1:
+        paths = [path]
     for i, part in enumerate(paths):
         mine = slice(bounds[i], bounds[i + 1])
         some = list(fields) if i == 0 else []
