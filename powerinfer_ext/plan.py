@@ -4,7 +4,7 @@ The cost of a decoded token is predicted from what it touches and what it misses
 
     compute   bytes of the weights it touches over the speed at which this machine multiplies such weights: stock's
               matrix products for attention, head and deciding matrices, our kernels for neurons and experts (all
-              measured in a second, not derived from bandwidth), and a constant for every layer of ours
+              measured in a second, not derived from bandwidth), and a constant for every block
     disk      reads x latency + missing bytes / bandwidth (`disk.DiskCost`, measured once per device), and a round trip
               for every layer that has to wait. Missing is what is asked for and not in a cache of the slots that
               `placement` would give out (`hits`)
@@ -15,7 +15,9 @@ The cost of a decoded token is predicted from what it touches and what it misses
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import itertools
 import json
 import os
 import re
@@ -53,7 +55,7 @@ from powerinfer_ext.placement import (
 
 DENSITY = 0.1  # of a sparse model whose file does not say how often its neurons fire
 # Measured on two Zen 4 cores (bench/results): what the model above does not derive.
-_LAYER = 120e-6  # seconds that a layer of ours takes besides its bytes: selecting, sharing out, one more graph split
+_BLOCK = 0.6e-3  # seconds that a block takes besides its matrices: attention, norms, waiting for the slowest thread
 _OVERLAP = {"neurons": 0.5, "experts": 0.6, "tiles": 0.5}  # share of reading or computing that the other one hides
 _MMAP_SHARE = 0.3  # of the disk's bandwidth that page faults with a read-ahead of 128 KiB reach
 _WHOLE = 128 << 20  # bytes that speeds are measured on, at least
@@ -93,6 +95,12 @@ class Model:
     def sources(self) -> list[Source]:
         """All tensors, as stock sees them."""
         return self.files.tensors()
+
+    @property
+    def blocks(self) -> int:
+        """How many there are."""
+        metadata = self.files.first.metadata
+        return int(metadata.get(f"{metadata.get('general.architecture')}.block_count", 0))
 
     @property
     def mixture(self) -> bool:
@@ -336,48 +344,107 @@ class _InitParams(ctypes.Structure):
     _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
 
-def _stock_rate(kind: int, n: int, size: int, threads: int, seconds: float = 0.3) -> float:
-    """Bytes of weights per second of ggml's own products of matrices of a type with one vector."""
-    import llama_cpp
+_P, _I = ctypes.c_void_p, ctypes.c_int
+_GGML = {  # function -> result, arguments
+    "base": {
+        "ggml_init": (_P, _InitParams),
+        "ggml_free": (None, _P),
+        "ggml_new_tensor_2d": (_P, _P, _I, ctypes.c_int64, ctypes.c_int64),
+        "ggml_mul_mat": (_P, _P, _P, _P),
+        "ggml_new_graph": (_P, _P),
+        "ggml_build_forward_expand": (None, _P, _P),
+        "ggml_backend_alloc_ctx_tensors_from_buft": (_P, _P, _P),
+        "ggml_backend_buffer_free": (None, _P),
+        "ggml_backend_tensor_set": (None, _P, _P, ctypes.c_size_t, ctypes.c_size_t),
+        "ggml_backend_dev_supports_op": (ctypes.c_bool, _P, _P),
+        "ggml_backend_dev_buffer_type": (_P, _P),
+        "ggml_backend_dev_backend_reg": (_P, _P),
+        "ggml_backend_dev_init": (_P, _P, ctypes.c_char_p),
+        "ggml_backend_reg_get_proc_address": (_P, _P, ctypes.c_char_p),
+        "ggml_backend_graph_compute": (_I, _P, _P),
+        "ggml_backend_free": (None, _P),
+    },
+    "": {"ggml_backend_dev_by_type": (_P, _I)},
+}
+_CPU = 0  # enum ggml_backend_dev_type
 
+
+def _ggml() -> SimpleNamespace:
+    """The functions above, of the libggml that llama.cpp uses."""
+    import llama_cpp
+    from llama_cpp._logger import set_verbose
+
+    set_verbose(False)  # else every tensor that is repacked is a line on stderr
     folder = Path(llama_cpp.__file__).resolve().parent / "lib"
-    base, cpu = (ctypes.CDLL(str(folder / f"libggml-{part}.so.0")) for part in ("base", "cpu"))
-    pointer = ctypes.c_void_p
-    for library, name, result, arguments in (
-        (base, "ggml_init", pointer, [_InitParams]),
-        (base, "ggml_new_tensor_2d", pointer, [pointer, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]),
-        (base, "ggml_mul_mat", pointer, [pointer, pointer, pointer]),
-        (base, "ggml_new_graph", pointer, [pointer]),
-        (base, "ggml_build_forward_expand", None, [pointer, pointer]),
-        (base, "ggml_get_data", pointer, [pointer]),
-        (base, "ggml_free", None, [pointer]),
-        (cpu, "ggml_graph_compute_with_ctx", ctypes.c_int, [pointer, pointer, ctypes.c_int]),
-    ):
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    n_rows = 4096
+    found = SimpleNamespace()
+    for part, functions in _GGML.items():
+        library = ctypes.CDLL(str(folder / f"libggml{'-' if part else ''}{part}.so.0"))
+        for name, (result, *arguments) in functions.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+            setattr(found, name, function)
+    return found
+
+
+def _stock_rate(kind: int, n: int, size: int, threads: int, seconds: float = 0.3) -> float:
+    """Bytes of weights per second of stock's products of matrices of a type with one vector, in the layout that stock
+    repacks that type to. Raises MemoryError, PowerInferError."""
+    ggml, n_rows = _ggml(), 4096
+    device = ggml.ggml_backend_dev_by_type(_CPU)
+    registry = ggml.ggml_backend_dev_backend_reg(device)
+    proc = ggml.ggml_backend_reg_get_proc_address
+    extra = proc(registry, b"ggml_backend_dev_get_extra_bufts")
+    layouts = ctypes.CFUNCTYPE(ctypes.POINTER(_P), _P)(extra)(device) if extra else []
+    types = list(itertools.takewhile(bool, layouts)) + [ggml.ggml_backend_dev_buffer_type(device)]
     matrix = row_bytes(kind, n) * n_rows
-    count = max(1, size // matrix)
-    context = base.ggml_init(_InitParams(count * (matrix + 4 * n_rows + 4096) + (8 << 20), None, False))
-    if not context:
-        raise MemoryError("there is no memory to measure stock's kernels in")
-    try:
-        given = base.ggml_new_tensor_2d(context, 0, n, 1)
-        ctypes.memset(base.ggml_get_data(given), 0x3C, 4 * n)
-        graph = base.ggml_new_graph(context)
-        for _ in range(count):
-            weights = base.ggml_new_tensor_2d(context, kind, n, n_rows)
-            ctypes.memset(base.ggml_get_data(weights), 17, matrix)
-            base.ggml_build_forward_expand(graph, base.ggml_mul_mat(context, weights, given))
+    content = np.full(matrix, 17, np.uint8)
+    with contextlib.ExitStack() as stack:
+
+        def kept(thing: Any, free: Callable[[Any], None]) -> Any:
+            if not thing:
+                raise MemoryError("there is no memory to measure stock's kernels in")
+            stack.callback(free, thing)
+            return thing
+
+        weights, rest = (kept(ggml.ggml_init(_InitParams(8 << 20, None, True)), ggml.ggml_free) for _ in range(2))
+        given = ggml.ggml_new_tensor_2d(rest, 0, n, 1)
+        tensors = [ggml.ggml_new_tensor_2d(weights, kind, n, n_rows) for _ in range(max(1, size // matrix))]
+        graph = ggml.ggml_new_graph(rest)
+        for tensor in tensors:
+            ggml.ggml_build_forward_expand(graph, ggml.ggml_mul_mat(rest, tensor, given))
+        layout = _layout(ggml, device, types, kind, n)
+        kept(ggml.ggml_backend_alloc_ctx_tensors_from_buft(weights, layout), ggml.ggml_backend_buffer_free)
+        kept(ggml.ggml_backend_alloc_ctx_tensors_from_buft(rest, types[-1]), ggml.ggml_backend_buffer_free)
+        ones = np.ones(n, np.float32)
+        ggml.ggml_backend_tensor_set(given, ones.ctypes.data, 0, ones.nbytes)
+        for tensor in tensors:
+            ggml.ggml_backend_tensor_set(tensor, content.ctypes.data, 0, matrix)
+        backend = kept(ggml.ggml_backend_dev_init(device, None), ggml.ggml_backend_free)
+        ctypes.CFUNCTYPE(None, _P, _I)(proc(registry, b"ggml_backend_set_n_threads"))(backend, threads)
         best, deadline = 0.0, time.perf_counter() + seconds
         while not best or time.perf_counter() < deadline:
             start = time.perf_counter()
-            if cpu.ggml_graph_compute_with_ctx(context, graph, threads) != 0:
+            if ggml.ggml_backend_graph_compute(backend, graph) != 0:
                 raise PowerInferError("ggml cannot compute the products to measure; run: powerinfer doctor")
-            best = max(best, count * matrix / (time.perf_counter() - start))
+            best = max(best, len(tensors) * matrix / (time.perf_counter() - start))
         return best
-    finally:
-        base.ggml_free(context)
+
+
+def _layout(ggml: Any, device: Any, layouts: list[Any], kind: int, n: int) -> Any:
+    """The first buffer type in which the device multiplies with matrices of a type: stock's own choice for weights."""
+    for layout in layouts:
+        with contextlib.ExitStack() as probe:
+            trial = ggml.ggml_init(_InitParams(1 << 20, None, True))
+            probe.callback(ggml.ggml_free, trial)
+            one = ggml.ggml_new_tensor_2d(trial, kind, n, 64)
+            buffer = ggml.ggml_backend_alloc_ctx_tensors_from_buft(trial, layout)
+            if not buffer:
+                continue
+            probe.callback(ggml.ggml_backend_buffer_free, buffer)
+            product = ggml.ggml_mul_mat(trial, one, ggml.ggml_new_tensor_2d(trial, 0, n, 1))
+            if ggml.ggml_backend_dev_supports_op(device, product):
+                return layout
+    return layouts[-1]
 
 
 # ---- the cost model --------------------------------------------------------------------------------
@@ -398,9 +465,8 @@ class _Cost:
 
 def predict(model: Model, placement: Placement, speeds: Speeds) -> Row:
     """What decoding a token would be like with `placement`."""
-    cost = _Cost()
+    cost = _Cost(compute=model.blocks * _BLOCK)
     ours = {matrix.source.name for matrix in placement.matrices if matrix.kind in ("experts", "tiles")}
-    bundled = {bundle.layer.index for bundle in placement.bundles}
     tied = all(source.name != "output.weight" for source in model.sources)
     for source in model.sources:
         looked_up = source.name == "token_embd.weight" and not tied
@@ -412,7 +478,6 @@ def predict(model: Model, placement: Placement, speeds: Speeds) -> Row:
     waits: dict[int, str] = {}
     for bundle in placement.bundles:
         _add_neurons(cost, model, bundle, speeds)
-        cost.compute += _LAYER
         if 0 < bundle.slots < bundle.units:
             waits[bundle.layer.index] = "neurons"
     for matrix in placement.matrices:
@@ -421,8 +486,6 @@ def predict(model: Model, placement: Placement, speeds: Speeds) -> Row:
         _add_units(cost, model, matrix, speeds)
         if matrix.slots < matrix.units:
             waits.setdefault(matrix.group, matrix.kind)
-        if matrix.group not in bundled:
-            cost.compute += _LAYER / 3  # of three products
     name, memory = _name(placement), _memory_of(model, placement)
     overlap = 1.0
     if waits and speeds.disk is None:
@@ -527,7 +590,7 @@ def _stock(model: Model, budget: int | None, speeds: Speeds, process: int) -> Ro
         routed = "_exps." in source.name
         touched += source.nbytes * (model.routed if routed else 1.0)
         chosen += source.nbytes if routed else 0
-    compute = touched / speeds.stock
+    compute = touched / speeds.stock + model.blocks * _BLOCK
     if budget is None or total + process <= budget:
         return Row("stock, mapped", 1 / compute, round(total + process), compute, 0.0, touched, 0.0, 0.0, ours=False)
     if speeds.disk is None:

@@ -167,7 +167,7 @@ def test_everything_in_memory_costs_what_it_touches(files: dict[str, str]) -> No
     matrix = 256 * 16384 * 2
     rest = found["bytes"] - 4 * 2 * matrix
     assert row["touched_bytes"] == pytest.approx(4 * matrix + 0.25 * 4 * matrix, abs=rest)
-    fixed = 4 * plan._LAYER
+    fixed = 4 * plan._BLOCK
     expected = 4 * matrix / SPEEDS.stock + 0.25 * 4 * matrix / SPEEDS.neurons + fixed
     assert row["compute_s"] == pytest.approx(expected, abs=rest / SPEEDS.stock)
     assert row["decode_tps"] == pytest.approx(1 / row["compute_s"])
