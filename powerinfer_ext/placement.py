@@ -231,10 +231,10 @@ def _stream(
         choices.append((deciders, {**parts, "weights": kept}, 0))
     if wish is not None:
         choices = [(stock, parts, 0)] if wish == "kept" else choices[-1:]
+    least = min(sum(fixed.values()) + _least_slots(everything.bundles, matrices) for matrices, fixed, _ in choices)
     for matrices, fixed, wanted in choices:
         room = budget - sum(fixed.values())
         slots = _least_slots(everything.bundles, matrices)
-        least = sum(fixed.values()) + slots
         if room < slots or (room < wanted and deciders):
             continue
         bundles, matrices, used = _fill(everything.bundles, matrices, room)
@@ -393,4 +393,4 @@ def resident_bytes() -> int:
 
 
 def _shown(size: int) -> str:
-    return f"{size / (1 << 20):.0f} MiB"
+    return f"{-(-size // (1 << 20))} MiB"  # rounded up: what is said to work has to work
