@@ -653,7 +653,7 @@ def plan(
         budget = parse_memory(memory, first.files.nbytes)
         if speeds is None:
             step("Measuring how fast this machine computes and reads")
-            speeds = measure(models[-1], threads, name if os.path.exists(name) else None)
+            speeds = measure(models[-1], threads, name if os.path.exists(name) else None, fresh=True)
         if process is None:
             process = _PROCESS
         context = Context(n_ctx, n_ctx, min(n_ctx, 512), process=process)
