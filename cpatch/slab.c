@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 enum {
-    CHUNK_ROWS = 32, /* weight rows that a thread takes at a time */
+    CHUNK_ROWS = 128, /* weight rows that a thread takes at a time */
     SPARE_TILES = 12 /* slots of a dense matrix that tiles pass through: enough reads in flight for the disk's bandwidth */
 };
 
