@@ -828,7 +828,7 @@ def demo_comparison(
     density: float = DEMO_DENSITY,
     memory: tuple[str, ...] = DEMO_MEMORY,
     prompt: int = 64,
-    gen: int = 24,
+    gen: int = 16,
     runs: int = 2,
     step: Step = lambda text: None,
 ) -> dict[str, Any]:
