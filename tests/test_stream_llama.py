@@ -93,7 +93,7 @@ def divergence(a: np.ndarray, b: np.ndarray) -> float:
 
 # ---- the same bits ------------------------------------------------------------------------------------------------
 
-QUICK = ("llama", "qwen2moe", "deepseek2", "gpt-oss", "llama4", "grovemoe", "gemma4", "kimi-linear")
+QUICK = ("llama4", "qwen2moe", "deepseek2", "gpt-oss")  # shared experts, merged gate and up, biases
 DIFFUSION = ("llada-moe", "rnd1")  # no KV cache: llama_cpp.Llama cannot run them at all
 
 
@@ -104,7 +104,7 @@ def check_mixture(path: Path, cases: list[tuple[int, str, bool]]) -> None:
     with slots(ALL):
         resident = logits(Llama(path, **SETTINGS))
     own = divergence(expected, logits(stock, decoded=35))  # stock's prefill and decode differ too; random routers flip
-    assert divergence(expected, resident) < max(1e-6, 4 * own)
+    assert divergence(expected, resident) < max(1e-4, 4 * own)
     assert expected.std() > 0.5
     for n, engine, prefetch in cases:
         with slots(n, prefetch=prefetch):
@@ -126,7 +126,10 @@ def test_every_mixture_streams(tmp_path: Path, arch: str) -> None:
     check_mixture(path, [(1, "io_uring", True), (3, "threads", False)])
 
 
-@pytest.mark.parametrize("quant", ["F16", "BF16", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4"])
+RARER = [pytest.param(quant, marks=pytest.mark.long) for quant in ("F16", "BF16", "Q5_K", "Q6_K", "IQ4_NL")]
+
+
+@pytest.mark.parametrize("quant", ["Q4_0", "Q4_K", "MXFP4", *RARER])
 def test_every_type_of_expert_streams(tmp_path: Path, quant: str) -> None:
     path = make_mixture(tmp_path / "m.gguf", "gpt-oss" if quant == "MXFP4" else "qwen3moe", quant)
     check_mixture(path, [(2, "io_uring", True)])
@@ -198,7 +201,7 @@ def test_bundles_stream(models: dict[str, Path], name: str) -> None:
         llama.close()
 
 
-@pytest.mark.parametrize("name", [model.name for model in bundled()])
+@pytest.mark.parametrize("name", ["arcee-relu2", "smallthinker-reglu-moe"])
 def test_streamed_deciders_are_the_same_whatever_the_cache(models: dict[str, Path], name: str) -> None:
     with slots(ALL, deciders=True):
         expected = logits(Llama(models[name], **SETTINGS))
