@@ -130,7 +130,7 @@ class SparseModel:
                 `fired` (neuron evaluations let through, and of those with an activation other than zero), `tokens`
                 (rows: in a mixture one per token and routed expert), `seconds`, and `decode`, the same counts for
                 one-token steps alone.
-            flash: None when nothing is streamed, else `hit_rate` (share of wanted neurons, experts or tiles that were in
+            flash: None when nothing is streamed, else `hit_rate` (share of wanted neurons, experts, tiles that were in
                 memory), `wanted`, `missed`, `unit_bytes` (of units that were read), `read_bytes` (what was really read,
                 alignment and gaps included; this and `reads` count from loading on), `reads`, `wait_seconds` (threads'
                 time spent waiting for it, all threads together), `prefetched`, `useful`, `wasted`,

@@ -220,7 +220,7 @@ def _stream(
     parts["weights"] -= sum(matrix.source.nbytes - matrix.slots_bytes for matrix in rows)
     if not stock and not everything.bundles:
         raise BudgetError(
-            f"{model.path}: a budget of {_shown(budget)} is too small, and this model has no FFN that could be streamed; "
+            f"{model.path}: a budget of {_shown(budget)} is too small, and this model has no FFN to stream; "
             f"it takes {_shown(sum(parts.values()))}",
             sum(parts.values()),
         )
@@ -241,8 +241,8 @@ def _stream(
         return Placement(budget, bundles, [*matrices, *rows, *_routers(model, sources, matrices)], fixed, used, least)
     taken = ", ".join(f"{name} {_shown(size)}" for name, size in choices[-1][1].items())
     raise BudgetError(
-        f"{model.path}: a budget of {_shown(budget)} is too small; the least that works is {_shown(least)} ({taken}). A "
-        "shorter context (n_ctx) or a smaller n_batch takes less",
+        f"{model.path}: a budget of {_shown(budget)} is too small; the least that works is {_shown(least)} ({taken}). "
+        "A shorter context (n_ctx) or a smaller n_batch takes less",
         least,
     )
 
@@ -331,11 +331,11 @@ def _fill(bundles: list[Bundles], matrices: list[Matrix], room: int) -> tuple[li
     things: list[Bundles | Matrix] = [*bundles, *matrices]
     slots = [_least(thing) for thing in things]
     room -= sum(n * _slot(thing.unit_bytes) for n, thing in zip(slots, things, strict=True))
-    for chosen, share in ((Bundles, _HOT_SHARE), ("tiles", 1.0), (None, 1.0)):
+    for chosen, share in (("neurons", _HOT_SHARE), ("tiles", 1.0), (None, 1.0)):
         some = [
             i
             for i, thing in enumerate(things)
-            if chosen is None or (isinstance(thing, Bundles) if chosen is Bundles else getattr(thing, "kind", "") == chosen)
+            if chosen in (None, "neurons" if isinstance(thing, Bundles) else thing.kind)
         ]
         more = {i: max(0, int(things[i].units * share) - slots[i]) for i in some}
         wanted = sum(n * _slot(things[i].unit_bytes) for i, n in more.items())
@@ -366,7 +366,8 @@ def _fixed_parts(model: ModelFiles, context: Context) -> dict[str, int]:
     head = number("attention.key_length", n_embd // n_head)
     values = number("attention.value_length", head)
     n_ctx = context.n_ctx or number("context_length", 512)
-    kv = int(number("block_count") * n_ctx * number("attention.head_count_kv", n_head) * (head + values) * context.kv_bytes)
+    kv_values = number("block_count") * n_ctx * number("attention.head_count_kv", n_head) * (head + values)
+    kv = int(kv_values * context.kv_bytes)
     rows = context.rows
     n_ff = max(number("feed_forward_length"), number("expert_feed_forward_length") * number("expert_used_count"))
     vocabulary = next((t.shape[1] for t in model.tensors() if t.name == "token_embd.weight"), 0)

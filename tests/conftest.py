@@ -1,10 +1,15 @@
 """pytest configuration: the marker ``long`` and the dependency's sources."""
 
 import os
+import tempfile
 from pathlib import Path
 
 # Before numpy is imported: a second BLAS thread spins, and the tests' own matrices are tiny.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Before libgomp is loaded: threads that spin at barriers make busy machines crawl.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# What a disk can do is measured once and kept; tests leave the user's cache alone.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="powerinfer-tests-")
 
 import llama_cpp  # noqa: E402
 import pytest  # noqa: E402

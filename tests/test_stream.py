@@ -79,7 +79,8 @@ class File:
                                                    "run": 16384, "policy": policy})
         message = ffi.new("char[]", 256)
         with open(self.path, "rb") as file:
-            model = lib.pi_model_open([file.fileno()], 1, 1, self.spec, 0, ffi.NULL, activation, flash if slots else ffi.NULL,
+            flash = flash if slots else ffi.NULL
+            model = lib.pi_model_open([file.fileno()], 1, 1, self.spec, 0, ffi.NULL, activation, flash,
                                       message, 256)
             assert model != ffi.NULL, ffi.string(message)
             model = ffi.gc(model, lib.pi_model_close)
@@ -131,7 +132,8 @@ def test_streamed_is_resident_bit_for_bit(tmp_path: Path, case: str, engine: str
     work = [(1, 1, 3), (1, 2, 4), (1, 2, 5), (7, 2, 6), (40, 2, 7), (300, 3, 8), (1, 2, 9)]
     expected = [file.run(resident, *job) for job in work]
     assert all(code == 0 and np.isfinite(out).all() and out.any() for code, out, _ in expected)
-    for slots, hot, gap, policy in [(1, 0, 0, 0), (2, 1, 2048, 1), (17, 3, 0, 0), (100, 40, 2048, 1), (units, 10, 512, 0)]:
+    caches = [(1, 0, 0, 0), (2, 1, 2048, 1), (17, 3, 0, 0), (100, 40, 2048, 1), (units, 10, 512, 0)]
+    for slots, hot, gap, policy in caches:
         streamed = file.open(activation, slots, hot, engine, gap, policy)
         for job, (_, out, h) in zip(work, expected, strict=True):
             code, again, activations = file.run(streamed, *job)
