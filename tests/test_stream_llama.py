@@ -127,6 +127,8 @@ def test_every_mixture_streams(tmp_path: Path, arch: str) -> None:
 
 
 RARER = [pytest.param(quant, marks=pytest.mark.long) for quant in ("F16", "BF16", "Q5_K", "Q6_K", "IQ4_NL")]
+
+
 @pytest.mark.parametrize("quant", ["Q4_0", "Q4_K", "MXFP4", *RARER])
 def test_every_type_of_expert_streams(tmp_path: Path, quant: str) -> None:
     path = make_mixture(tmp_path / "m.gguf", "gpt-oss" if quant == "MXFP4" else "qwen3moe", quant)
