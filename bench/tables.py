@@ -19,14 +19,14 @@ RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- results: python -m bench.tables -->", "<!-- end of results -->"
 
 HEAD = (
-    "| model | memory | engine | prefill tokens/s | decode tokens/s | decode against stock | limit of the "
+    "| result (below) | memory | engine | prefill tokens/s | decode tokens/s | decode against stock | limit of the "
     "hardware | reached | peak | from disk per token | cache hits | limit for what was read | reached | planned |",
     "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
 )
 
 
-def rows(result: dict[str, Any]) -> list[str]:
-    """One line for each engine under each memory limit."""
+def rows(result: dict[str, Any], label: str) -> list[str]:
+    """One line for each engine under each memory limit; `label` comes first."""
     lines = []
     for condition in (result, *result["conditions"]):
         limit = condition["memory_limit"]
@@ -37,11 +37,11 @@ def rows(result: dict[str, Any]) -> list[str]:
         )
         entries = {"stock": condition["baseline"], "sparse": condition["sparse"], **condition["engines"]}
         for name, entry in entries.items():
-            lines.append(_row(result["model"]["name"], memory, name, entry, condition))
+            lines.append(_row(label, memory, name, entry, condition))
     return lines
 
 
-def _row(model: str, memory: str, name: str, entry: dict[str, Any], condition: dict[str, Any]) -> str:
+def _row(label: str, memory: str, name: str, entry: dict[str, Any], condition: dict[str, Any]) -> str:
     bound = condition["roofline"]["engines"].get(name, {})
     measured = bound.get("measured") or {}
     plan = (condition.get("plan") if name == "sparse" else None) or {}
@@ -58,7 +58,7 @@ def _row(model: str, memory: str, name: str, entry: dict[str, Any], condition: d
         spread = "" if ratio["spread"] is None else f" (spread {ratio['spread']:.1%})"
         against = f"{ratio['decode']:.2f}x{spread}"
     cells = [
-        model,
+        label,
         memory,
         name,
         _shown(entry["prefill_tps"], "{:.1f}"),
@@ -85,7 +85,7 @@ def section(paths: Iterable[Path]) -> str:
     table, notes = list(HEAD), []
     for path in paths:
         result = json.loads(path.read_text(encoding="utf-8"))
-        table += rows(result)
+        table += rows(result, path.stem)
         about, roof = result["machine"], result["roofline"]
         features = " ".join(about["cpu_features"])
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
