@@ -827,9 +827,9 @@ def demo_comparison(
     layers: int = DEMO_LAYERS,
     density: float = DEMO_DENSITY,
     memory: tuple[str, ...] = DEMO_MEMORY,
-    prompt: int = 64,
-    gen: int = 16,
-    runs: int = 2,
+    prompt: int = 32,
+    gen: int = 12,
+    runs: int = 1,
     step: Step = lambda text: None,
 ) -> dict[str, Any]:
     """Make a model with the shape of a real one, compare us with stock on it, print and return the result.
