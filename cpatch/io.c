@@ -426,3 +426,14 @@ void io_inject(struct io *io, int64_t n, int error, uint32_t short_by) {
     io->inject_short = short_by;
     pthread_mutex_unlock(&io->submit_lock);
 }
+
+int io_read_now(int fd, void *dst, size_t size, int64_t offset) {
+    for (uint8_t *at = dst; size > 0;) {
+        const ssize_t n = pread(fd, at, size, (off_t)offset);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return errno;
+        if (n == 0) return EIO;
+        at += n, size -= (size_t)n, offset += n;
+    }
+    return 0;
+}

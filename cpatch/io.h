@@ -97,4 +97,8 @@ int io_measure(struct io *io, int file, uint64_t file_size, double seconds, stru
  * before the read does. Once; n < 0 switches it off. */
 void io_inject(struct io *io, int64_t n, int error, uint32_t short_by);
 
+/* Reads size bytes at offset through the page cache, here and now: for what is read once, before anything runs.
+ * Returns 0, EIO at the end of the file, or the errno. */
+int io_read_now(int fd, void *dst, size_t size, int64_t offset);
+
 #endif

@@ -305,20 +305,6 @@ static int layer_init(struct pi_layer *layer, struct pi_model *model, const stru
     return bundle_memory(layer, total, err, err_len);
 }
 
-/* Reads size bytes at offset. Returns 0, EIO at the end of the file, or the errno. */
-static int read_fully(int fd, uint8_t *dst, size_t size, off_t offset) {
-    while (size > 0) {
-        const ssize_t n = pread(fd, dst, size, offset);
-        if (n < 0 && errno == EINTR) continue;
-        if (n < 0) return errno;
-        if (n == 0) return EIO;
-        dst += n;
-        size -= (size_t)n;
-        offset += n;
-    }
-    return 0;
-}
-
 /* Fills *array, which may have been filled before, with size bytes of the file at offset. -1 with a sentence. */
 static int read_array(const struct pi_layer *layer, int fd, int64_t offset, size_t size, const char *what, void *array,
                       char *err, size_t err_len) {
@@ -327,7 +313,7 @@ static int read_array(const struct pi_layer *layer, int fd, int64_t offset, size
         snprintf(err, err_len, "layer %d: no memory for %zu bytes of %s", layer->spec.index, size, what);
         return -1;
     }
-    const int code = read_fully(fd, memory, size, (off_t)offset);
+    const int code = io_read_now(fd, memory, size, offset);
     if (code != 0) {
         snprintf(err, err_len, "layer %d: reading the %s at offset %lld failed: %s", layer->spec.index, what,
                  (long long)offset, code == EIO ? "the file ended early or the device failed" : strerror(code));
@@ -387,7 +373,7 @@ static int layer_read(struct pi_layer *layer, int fd, int n_threads, char *err, 
     for (int64_t c = 0; c < n_chunks; c++) {
         const size_t begin = (size_t)c * READ_CHUNK;
         const size_t size = layer->data_size - begin < READ_CHUNK ? layer->data_size - begin : READ_CHUNK;
-        const int code = read_fully(fd, layer->data + begin, size, (off_t)(layer->spec.file_offset + (int64_t)begin));
+        const int code = io_read_now(fd, layer->data + begin, size, layer->spec.file_offset + (int64_t)begin);
         if (code != 0) {
 #pragma omp critical
             {

@@ -71,16 +71,6 @@ void slab_free(struct pi_slab *slab) {
     free(slab->norm);
 }
 
-static int read_fully(int fd, void *dst, size_t size, int64_t offset) {
-    for (uint8_t *p = dst; size > 0;) {
-        const ssize_t n = pread(fd, p, size, (off_t)offset);
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) return -1;
-        p += n, size -= (size_t)n, offset += n;
-    }
-    return 0;
-}
-
 int slab_read(struct pi_slab *slab, int fd, char *err, size_t err_len) {
     const size_t size = (size_t)slab->spec.n_out * slab->row_size, norm = (size_t)slab->spec.n_in * sizeof(float);
     if (slab->data == NULL) slab->data = aligned_alloc(64, (size + 63) & ~(size_t)63);
@@ -89,8 +79,8 @@ int slab_read(struct pi_slab *slab, int fd, char *err, size_t err_len) {
         snprintf(err, err_len, "%s: no memory for %zu bytes", slab->name, size);
         return -1;
     }
-    if (read_fully(fd, slab->data, size, slab->spec.offset) == 0 &&
-        (slab->norm == NULL || read_fully(fd, slab->norm, norm, slab->spec.norm_offset) == 0))
+    if (io_read_now(fd, slab->data, size, slab->spec.offset) == 0 &&
+        (slab->norm == NULL || io_read_now(fd, slab->norm, norm, slab->spec.norm_offset) == 0))
         return 0;
     snprintf(err, err_len, "%s: reading it at offset %lld failed", slab->name, (long long)slab->spec.offset);
     return -1;
@@ -249,7 +239,7 @@ static int by_expert(const void *a, const void *b) {
     return x->out < y->out ? -1 : x->out > y->out;
 }
 
-static int ready_first(const struct pi_slab *slab, struct task *tasks, int n) {
+static void ready_first(const struct pi_slab *slab, struct task *tasks, int n) {
     int ready = 0;
     for (int i = 0; i < n; i++) {
         if (!store_ready(slab->store, (uint32_t)tasks[i].unit)) continue;
@@ -258,7 +248,6 @@ static int ready_first(const struct pi_slab *slab, struct task *tasks, int n) {
         tasks[i].unit = swap.unit, tasks[i].begin = swap.begin, tasks[i].end = swap.end;
         ready++;
     }
-    return ready;
 }
 
 /* The tasks of a product, whose rows are sorted. Returns their number. */
@@ -273,7 +262,7 @@ static int list_tasks(const struct pi_slab *slab, const struct slab_row *rows, i
         if (n > 0 && tasks[n - 1].unit == rows[r].expert) tasks[n - 1].end = r + 1;
         else tasks[n++] = (struct task){.unit = rows[r].expert, .begin = r, .end = r + 1};
     }
-    (void)ready_first(slab, tasks, n);
+    ready_first(slab, tasks, n);
     return n;
 }
 

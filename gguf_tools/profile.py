@@ -230,7 +230,7 @@ class Profile:
 
 def write_atomically(path: Path, fill: Any) -> None:
     """Write a file completely or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name[:180]}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
             fill(file)

@@ -23,7 +23,6 @@ from typing import Annotated, Any
 import llama_cpp
 import numpy as np
 import typer
-from llama_cpp import _internals as internals
 
 from gguf_tools.activations import NATIVE
 from gguf_tools.convert import convert, plan_conversion
@@ -33,9 +32,7 @@ from gguf_tools.profile import Profile, ProfiledFFN, fingerprint
 from gguf_tools.reader import GGUFFile
 from gguf_tools.sparse import K_VERSION, SILENT, SparseGGUF
 from powerinfer_ext.errors import PowerInferError
-from powerinfer_ext.graph import Tensor, ggml_functions, tensor_values
-from powerinfer_ext.hook import sparse_loading
-from powerinfer_ext.loader import Options
+from powerinfer_ext.graph import Tensor, ggml_functions, open_watched, tensor_values
 
 TOKENS = 16384  # read by default
 LEAST_TOKENS = 512  # fewer cannot train anything
@@ -275,7 +272,7 @@ def calibrate(
         window = min(WINDOW, about.context or WINDOW)
         names = "random tokens" if texts is None else ", ".join(os.path.basename(text) for text in texts)
         capture = _Capture(about)
-        llama, context, batch = _open(stack, about.path, window, threads, capture)
+        llama, context, batch = open_watched(stack, about.path, window, window, threads, capture.callback)
         ids = _tokens(llama, texts, tokens, seed)
         meta = {
             "model": os.path.basename(model),
@@ -350,26 +347,6 @@ def _read(context: Any, batch: Any, piece: list[int], capture: _Capture) -> None
             raise
     if capture.error is not None:
         raise capture.error
-
-
-def _open(
-    stack: contextlib.ExitStack, model: str, window: int, threads: int, capture: _Capture
-) -> tuple[Any, Any, Any]:
-    """The model, a context that calls the capture, and a batch; closed by `stack`, in reverse order."""
-    with sparse_loading(Options()):
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 0
-        llama = internals.LlamaModel(path_model=model, params=params, verbose=False)
-    stack.enter_context(contextlib.closing(llama))
-    settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx = settings.n_batch = settings.n_ubatch = window
-    settings.n_threads = settings.n_threads_batch = threads
-    settings.cb_eval = capture.callback
-    context = internals.LlamaContext(model=llama, params=settings, verbose=False)
-    stack.enter_context(contextlib.closing(context))
-    batch = internals.LlamaBatch(n_tokens=window, embd=0, n_seq_max=1, verbose=False)
-    stack.enter_context(contextlib.closing(batch))
-    return llama, context, batch
 
 
 def _tokens(llama: Any, texts: Sequence[str | os.PathLike[str]] | None, tokens: int, seed: int) -> list[int]:

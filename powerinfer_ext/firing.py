@@ -12,15 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import llama_cpp
 import numpy as np
-from llama_cpp import _internals as internals
 
 from gguf_tools.predictor import rounded, stored_predictor, stored_rows
 from gguf_tools.sparse import SparseGGUF, SparseLayer
-from powerinfer_ext.graph import Handler, Watcher
-from powerinfer_ext.hook import sparse_loading
-from powerinfer_ext.loader import Options
+from powerinfer_ext.graph import Handler, Watcher, open_watched
 
 TOKENS = 1024  # looked at by default: the truth takes as many operations as a dense run, at numpy's speed
 # What an FFN reads: the norm before it. Blocks that hold nothing else have that norm under attention's name.
@@ -84,19 +80,7 @@ def _inputs(
     size = max(map(len, windows))
     found: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
     with contextlib.ExitStack() as stack:
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 0
-        with sparse_loading(Options()):
-            model = internals.LlamaModel(path_model=path, params=params, verbose=False)
-        stack.enter_context(contextlib.closing(model))
-        settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = settings.n_ubatch = size
-        settings.n_threads = settings.n_threads_batch = threads
-        settings.cb_eval = watcher.callback
-        context = internals.LlamaContext(model=model, params=settings, verbose=False)
-        stack.enter_context(contextlib.closing(context))
-        batch = internals.LlamaBatch(n_tokens=size, embd=0, n_seq_max=1, verbose=False)
-        stack.enter_context(contextlib.closing(batch))
+        _, context, batch = open_watched(stack, path, size, size, threads, watcher.callback)
         for window in windows:
             context.kv_cache_clear()
             batch.set_batch(window, n_past=0, logits_all=True)

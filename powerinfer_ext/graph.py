@@ -6,15 +6,19 @@ their values, before anything reads them. So a watcher can look at activations, 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable
 from typing import Any
 
 import llama_cpp
 import numpy as np
+from llama_cpp import _internals as internals
 
 from gguf_tools import quants
 from powerinfer_ext.errors import PowerInferError
+from powerinfer_ext.hook import sparse_loading
+from powerinfer_ext.loader import Options
 
 Handler = Callable[[np.ndarray], None]
 
@@ -68,6 +72,28 @@ def tensor_values(ggml: ctypes.CDLL, address: int) -> np.ndarray:
     while array.ndim > 2 and array.shape[0] == 1:
         array = array[0]
     return array
+
+
+def open_watched(
+    stack: contextlib.ExitStack, model: str, n_ctx: int, n_batch: int, threads: int, callback: Any
+) -> tuple[Any, Any, Any]:
+    """The model (stock or sparse), a context of n_ctx tokens in batches of n_batch whose graphs `callback` watches,
+    and a batch: llama_cpp's own objects. `stack` closes them, in reverse order.
+    """
+    with sparse_loading(Options()):
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = 0
+        llama = internals.LlamaModel(path_model=model, params=params, verbose=False)
+    stack.enter_context(contextlib.closing(llama))
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx, settings.n_batch, settings.n_ubatch = n_ctx, n_batch, n_batch
+    settings.n_threads = settings.n_threads_batch = threads
+    settings.cb_eval = callback
+    context = internals.LlamaContext(model=llama, params=settings, verbose=False)
+    stack.enter_context(contextlib.closing(context))
+    batch = internals.LlamaBatch(n_tokens=n_batch, embd=0, n_seq_max=1, verbose=False)
+    stack.enter_context(contextlib.closing(batch))
+    return llama, context, batch
 
 
 class Watcher:

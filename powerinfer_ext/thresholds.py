@@ -25,9 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import llama_cpp
 import numpy as np
-from llama_cpp import _internals as internals
 from llama_cpp._logger import set_verbose
 
 from gguf_tools.activations import NATIVE
@@ -36,7 +34,7 @@ from gguf_tools.profile import Profile
 from gguf_tools.reader import GGUFFile
 from powerinfer_ext.errors import PowerInferError
 from powerinfer_ext.evaluate import Divergence, log_softmax, windows
-from powerinfer_ext.graph import Handler, Watcher
+from powerinfer_ext.graph import Handler, Watcher, open_watched
 from powerinfer_ext.run import trained_context
 
 KINDS = ("cats", "chess")
@@ -149,19 +147,9 @@ class GatedModel:
 
     def _open(self, threads: int) -> None:
         set_verbose(False)  # llama.cpp's log, as llama_cpp.Llama(verbose=False) does
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 0
-        llama = internals.LlamaModel(path_model=self.path, params=params, verbose=False)
-        self.llama = self._stack.enter_context(contextlib.closing(llama))
-        settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = self.window
-        settings.n_ubatch = min(self.window, 512)
-        settings.n_threads = settings.n_threads_batch = threads
-        settings.cb_eval = self._watcher.callback
-        context = internals.LlamaContext(model=self.llama, params=settings, verbose=False)
-        self.context = self._stack.enter_context(contextlib.closing(context))
-        batch = internals.LlamaBatch(n_tokens=self.window, embd=0, n_seq_max=1, verbose=False)
-        self.batch = self._stack.enter_context(contextlib.closing(batch))
+        self.llama, self.context, self.batch = open_watched(
+            self._stack, self.path, self.window, self.window, threads, self._watcher.callback
+        )
         self.n_vocab: int = self.llama.n_vocab()
 
     def close(self) -> None:

@@ -15,26 +15,22 @@ import contextlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import llama_cpp
 import numpy as np
 import typer
-from llama_cpp import _internals as internals
 from rich.console import Console
 from rich.table import Table
 
 from gguf_tools.activations import NATIVE
+from gguf_tools.profile import write_atomically
 from gguf_tools.reader import GGUFFile
 from powerinfer_ext import cache_simulator
 from powerinfer_ext.errors import PowerInferError
-from powerinfer_ext.graph import Handler, Watcher
-from powerinfer_ext.hook import sparse_loading
-from powerinfer_ext.loader import Options
+from powerinfer_ext.graph import Handler, Watcher, open_watched
 
 SILENT = ("relu", "relu2", "drelu")  # activations that are zero for neurons that do not fire
 FRACTIONS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)  # cache sizes, of a layer's neurons or experts
@@ -109,16 +105,7 @@ class Trace:
                 arrays[f"experts.{layer.unit}"] = layer.experts
         units = [{"unit": x.unit, "n_ff": x.n_ff, "n_expert": x.n_expert} for x in self.layers]
         meta = json.dumps({"version": VERSION, **self.meta, "layers": units})
-        temporary = path.with_name(f".{path.name[:180]}.{secrets.token_hex(4)}.tmp")
-        try:
-            with temporary.open("xb") as file:
-                np.savez_compressed(file, meta=np.array(meta), **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_atomically(path, lambda file: np.savez_compressed(file, meta=np.array(meta), **arrays))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:
@@ -227,7 +214,7 @@ def record(
         )
     recorder = _Recorder(neurons=activation in SILENT)
     with contextlib.ExitStack() as stack:
-        llama, context, batch = _open(stack, model, window, threads, recorder)
+        llama, context, batch = open_watched(stack, model, window, _BATCH, threads, recorder.watcher.callback)
         ids = _tokens(llama, text, tokens, seed)
         done = 0
         for start in range(0, len(ids), window):
@@ -266,26 +253,6 @@ def _about(model: str) -> tuple[str, str | None, int, int, bool]:
         n_expert = int(file.metadata.get(f"{architecture}.expert_count", 0))
         context = int(file.metadata.get(f"{architecture}.context_length", 0))
         return architecture, activation, n_expert, context, "powerinfer.version" in file.fields
-
-
-def _open(
-    stack: contextlib.ExitStack, model: str, window: int, threads: int, recorder: _Recorder
-) -> tuple[Any, Any, Any]:
-    """The model, a context that calls the recorder, and a batch; closed by `stack`, in reverse order."""
-    with sparse_loading(Options()):
-        params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = 0
-        llama = internals.LlamaModel(path_model=model, params=params, verbose=False)
-    stack.enter_context(contextlib.closing(llama))
-    settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx, settings.n_batch, settings.n_ubatch = window, _BATCH, _BATCH
-    settings.n_threads = settings.n_threads_batch = threads
-    settings.cb_eval = recorder.watcher.callback
-    context = internals.LlamaContext(model=llama, params=settings, verbose=False)
-    stack.enter_context(contextlib.closing(context))
-    batch = internals.LlamaBatch(n_tokens=_BATCH, embd=0, n_seq_max=1, verbose=False)
-    stack.enter_context(contextlib.closing(batch))
-    return llama, context, batch
 
 
 def _tokens(llama: Any, text: str | None, tokens: int, seed: int) -> list[int]:
