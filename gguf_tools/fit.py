@@ -20,11 +20,11 @@ from gguf_tools.convert import FFN, Calibrated, Calibration, Plan, plan_conversi
 from gguf_tools.errors import ConversionError
 from gguf_tools.predictor import Predictor
 from gguf_tools.profile import Profile, write_atomically
-from gguf_tools.reader import BLOCKS, GGUFFile
+from gguf_tools.reader import BLOCKS, GGUFFile, TensorInfo
 from gguf_tools.sparse import bundle_layout
 
 RECALL = 0.97
-_VERSION = 1  # of the trained predictors that are kept
+_VERSION = 2  # of the trained predictors that are kept
 
 Progress = Callable[..., None]
 
@@ -153,7 +153,8 @@ def _predictor(
     x, fired = profile.array("x", ffn.unit), profile.masks(ffn.unit)
     if x is None or fired is None:
         raise ConversionError(f"{profile.folder}: has no inputs of layer {ffn.index}; calibrate again")
-    m = training.material(x, fired, _matrix(file, ffn), profile.meta["window"])
+    up = _matrix(file, ffn, ffn.up) if profile.meta["activation"] == "drelu" else None
+    m = training.material(x, fired, _matrix(file, ffn, ffn.decider), profile.meta["window"], up)
     del x, fired
     costs = _costs(ffn, m.density)
     tried = list(training.candidates(m, costs, recall, everything=everything))
@@ -173,8 +174,7 @@ def _predictor(
     return predictor, candidates, note
 
 
-def _matrix(file: GGUFFile, ffn: FFN) -> np.ndarray:
-    tensor = ffn.decider
+def _matrix(file: GGUFFile, ffn: FFN, tensor: TensorInfo) -> np.ndarray:
     raw = np.empty((ffn.n_ff, tensor.nbytes // ffn.n_ff), np.uint8)
     file.read_into(tensor.offset, raw)
     return quants.dequantise(tensor.type, raw, ffn.n_embd)

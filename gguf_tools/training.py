@@ -18,8 +18,9 @@ and the share computed are reported for other tokens again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -29,28 +30,34 @@ from gguf_tools.predictor import Predictor
 from gguf_tools.reader import BLOCKS, row_bytes
 from gguf_tools.sparse import DIRECT, LINEAR, LOWRANK, RANK_STEP
 
-RANKS = (32, 64, 96, 128, 192, 256, 384, 512)
+RANKS = (32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 BUDGET = 0.12  # bytes of a predictor, of the FFN's
 WASTE = 1.5  # neurons computed, of those that fire, that a predictor should stay below
-MARGIN = 0.1  # of the share that may be missed, kept in reserve between the tokens for tuning and others
+JUDGED = 1 << 24  # neuron evaluations that thresholds are set on, and others that they are judged by
+GROUPS = 32  # of neighbouring tokens, by whose differences it is known how far recall can be trusted
 LEAST_TOKENS = 256
 
-EPOCHS = 40
+EPOCHS = 24
+RATE = 8e-3
 MINIBATCH = 256
-FIRING_WEIGHT = 4.0  # of a neuron that fires in the loss
+SOFTNESS = 0.1  # deviations of a margin over which a target goes from 1/4 to 3/4, about
+FIRING_WEIGHT = 10.0  # of a neuron that fires in the loss
 EFFORT = 5e11  # multiplications and additions that training one predictor may take
 QUANTISED_FROM = 0.5  # share of the steps after which the weights count as they will be stored
 LEAST_EPOCHS = 4  # with fewer, training makes a good start worse
 
 TQ1_0, Q2_K, Q4_0, Q8_0 = 34, 10, quants.Q4_0, quants.Q8_0
 _OVERSAMPLING, _ITERATIONS, _SHRINKAGE = 32, 2, 0.05
-_ERROR_TOKENS = 1024  # on which the error of a regression is measured
+_SOME = 512  # tokens on which the error of a regression is measured; and at a time
+_COVARIANCE_TOKENS = 8192
+_RECALLS = (0.8, 0.9, 0.95, 0.97, 0.98, 0.99)  # of the curves on a chart
 
 
 @dataclass(frozen=True)
 class Material:
     """What a layer's predictor is made from. x: float32 [tokens, n_embd], the FFN's inputs; fired: bool [tokens,
-    n_ff]; w: float32 [n_ff, n_embd], the deciding matrix; train, tune, test: which tokens serve for what."""
+    n_ff]; w: float32 [n_ff, n_embd], the deciding matrix; train, tune, test: which tokens serve for what; up: float32
+    [n_ff, n_embd], where u must be positive too (dReLU)."""
 
     x: np.ndarray
     fired: np.ndarray
@@ -58,6 +65,7 @@ class Material:
     train: np.ndarray
     tune: np.ndarray
     test: np.ndarray
+    up: np.ndarray | None = None
 
     @property
     def n_embd(self) -> int:
@@ -72,8 +80,29 @@ class Material:
         """The share of neurons that fire, in the tokens for testing."""
         return float(self.fired[self.test].mean())
 
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """float16 [tokens to train on, n_ff]: how clearly a neuron fires, from 0 to 1.
 
-def material(x: np.ndarray, fired: np.ndarray, w: np.ndarray, window: int) -> Material:
+        By the margin in its deviations, so that training does not labour at what rounding decides. On the bundled
+        models that spares as many neurons at the same recall as twice the epochs do.
+        """
+        targets = np.empty((len(self.train), self.n_ff), np.float16)
+        deviations = [(self.x[_some(self)] @ w.T).std(axis=0) + 1e-12 for w in self._deciding]
+        for part in range(0, len(targets), _SOME):
+            x = self.x[self.train[part : part + _SOME]]
+            margins = [x @ w.T / deviation for w, deviation in zip(self._deciding, deviations, strict=True)]
+            targets[part : part + _SOME] = _sigmoid(np.minimum.reduce(margins) / SOFTNESS)
+        return targets
+
+    @property
+    def _deciding(self) -> list[np.ndarray]:
+        return [self.w] if self.up is None else [self.w, self.up]
+
+
+def material(
+    x: np.ndarray, fired: np.ndarray, w: np.ndarray, window: int, up: np.ndarray | None = None
+) -> Material:
     """Split tokens by windows: of seven, five to train, one to tune, one to test.
 
     Raises ConversionError when there is too little, or nothing fires.
@@ -84,10 +113,16 @@ def material(x: np.ndarray, fired: np.ndarray, w: np.ndarray, window: int) -> Ma
     window = min(window, n // 7)  # short profiles are cut finer, so that each part gets some
     part = np.arange(n) // window % 7
     split = {name: np.flatnonzero(mask) for name, mask in zip("abc", (part < 5, part == 5, part == 6), strict=True)}
-    made = Material(x.astype(np.float32), fired, w, split["a"], split["b"], split["c"])
+    tune, test = (_spread(split[part], JUDGED // len(w)) for part in "bc")
+    made = Material(x.astype(np.float32), fired, w, split["a"], tune, test, up)
     if not fired[made.tune].any() or not fired[made.test].any():
         raise ConversionError("no neuron fires in the text: there is nothing to predict")
     return made
+
+
+def _spread(tokens: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of them, evenly spread."""
+    return tokens if len(tokens) <= most else tokens[np.linspace(0, len(tokens) - 1, most).astype(int)]
 
 
 @dataclass(frozen=True)
@@ -103,6 +138,10 @@ class Costs:
     def predicted(self, predictor: Predictor, n_ff: int) -> float:
         assert predictor.computed is not None
         return predictor.nbytes + predictor.computed * n_ff * self.bundle
+
+    def weighed(self, predictor_bytes: int, computed: float, m: Material) -> float:
+        """What predictors are compared by: bytes, times what is computed beyond `WASTE` times what fires."""
+        return (predictor_bytes + computed * m.n_ff * self.bundle) * max(1.0, computed / (WASTE * m.density))
 
 
 @dataclass(frozen=True)
@@ -120,9 +159,12 @@ class Scored:
 
 def threshold(scores: np.ndarray, fired: np.ndarray, recall: float) -> float:
     """The score that `recall` of the firing neurons exceed."""
-    firing = scores[fired]
-    k = min(len(firing) - 1, int((1 - recall) * len(firing)))
-    return float(np.partition(firing, k)[k])
+    return _quantile(np.sort(scores[fired]), recall)
+
+
+def _quantile(firing: np.ndarray, recall: float) -> float:
+    """The value in ascending `firing` that `recall` of them reach."""
+    return float(firing[min(len(firing) - 1, int((1 - recall) * len(firing)))])
 
 
 def measure(selected: np.ndarray, fired: np.ndarray) -> tuple[float, float]:
@@ -130,17 +172,33 @@ def measure(selected: np.ndarray, fired: np.ndarray) -> tuple[float, float]:
     return float((selected & fired).sum() / max(1, fired.sum())), float(selected.mean())
 
 
+def safe_threshold(scores: np.ndarray, fired: np.ndarray, recall: float) -> float:
+    """The score that `recall` of the firing neurons exceed, and a standard error more, as other tokens will differ
+    from these as these differ among themselves."""
+    firing = np.sort(scores[fired])
+    missed = fired & (scores < _quantile(firing, recall))
+    groups = np.array_split(np.arange(len(scores)), GROUPS)
+    counts = np.array([(fired[g].sum(), missed[g].sum()) for g in groups], np.float64)
+    total, lost = counts.sum(axis=0)
+    error = np.sqrt(((counts[:, 1] - lost / total * counts[:, 0]) ** 2).sum()) / total
+    return _quantile(firing, min(recall + error, (1 + recall) / 2))
+
+
+def _curve(scores: np.ndarray, fired: np.ndarray) -> list[tuple[float, float]]:
+    """(recall, share computed) at several thresholds."""
+    firing = np.sort(scores[fired])
+    return [(recall, float((scores >= _quantile(firing, recall)).mean())) for recall in _RECALLS]
+
+
 def tuned(m: Material, predictor: Predictor, recall: float, *, trained: bool) -> Scored:
     """The predictor with its threshold set for `recall` and folded into the bias, and how it does on other tokens."""
-    wanted = recall + MARGIN * (1 - recall)
-    cut = threshold(predictor.scores(m.x[m.tune]), m.fired[m.tune], wanted)
+    cut = safe_threshold(predictor.scores(m.x[m.tune]), m.fired[m.tune], recall)
     scale = max(abs(cut), 1e-6)
     predictor = replace(predictor, bias=(predictor.bias - (cut - 1e-6 * scale)).astype(np.float32))
     scores, fired = predictor.scores(m.x[m.test]), m.fired[m.test]
     reached, computed = measure(scores > 0, fired)
-    curve = [measure(scores >= threshold(scores, fired, r), fired) for r in (0.8, 0.9, 0.95, 0.97, 0.98, 0.99)]
     name = f"{predictor.label}{', trained' if trained else ''}"
-    return Scored(name, trained, replace(predictor, recall=reached, computed=computed), curve)
+    return Scored(name, trained, replace(predictor, recall=reached, computed=computed), _curve(scores, fired))
 
 
 # ---- linear ------------------------------------------------------------------------------------------------
@@ -149,22 +207,41 @@ def tuned(m: Material, predictor: Predictor, recall: float, *, trained: bool) ->
 @dataclass(frozen=True)
 class Regression:
     """g is about b . (a x) + bias: a [rank, n_embd], whose products have unit variance and are uncorrelated, so that
-    the first r rows of a and columns of b are the best of rank r. x, g: some tokens to measure errors on."""
+    the first r rows of a and columns of b are the best of rank r. covariance(y): the inputs' covariance times y
+    [n_embd, columns]. x, g: some tokens to measure errors on."""
 
     a: np.ndarray
     b: np.ndarray
+    w: np.ndarray
     mean_x: np.ndarray
     mean_g: np.ndarray
+    covariance: Callable[[np.ndarray], np.ndarray]
     x: np.ndarray
     g: np.ndarray
 
     def cut(self, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A, B and bias of that rank, scores in standard deviations of their error."""
         a, b = self.a[:rank], self.b[:, :rank]
-        bias = self.mean_g - b @ (a @ self.mean_x)
-        error = self.g - (self.x @ a.T @ b.T + bias)
+        return a, *self._scaled(a, b, b)
+
+    def stored(self, rank: int, seed: int) -> Predictor:
+        """The predictor of that rank. B is the regression on the hidden units as they are after A was quantised, and
+        the bias and the scale make up for what B's quantisation changes."""
+        a, *_ = _mixed(*self.cut(rank), seed)
+        a_type = _a_type(a.shape[1], Q4_0)
+        a = quants.dequantise(a_type, quants.quantise(a_type, a), a.shape[1])
+        spread = self.covariance(a.T)
+        within = a @ spread
+        within[np.diag_indices(rank)] += 1e-6 * np.trace(within) / rank
+        b = self.w @ np.linalg.solve(within, spread.T).T
+        return _stored(LINEAR, Q4_0, a, *self._scaled(a, b, _as_stored(b)))
+
+    def _scaled(self, a: np.ndarray, b: np.ndarray, as_stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """B and the bias, divided by the deviation of the error that they leave."""
+        bias = self.mean_g - as_stored @ (a @ self.mean_x)
+        error = self.g - ((self.x @ a.T) @ as_stored.T + bias)
         scale = 1 / np.maximum(error.std(axis=0), 1e-3 * self.g.std(axis=0) + 1e-12)
-        return a, b * scale[:, None], bias * scale
+        return b * scale[:, None], bias * scale
 
 
 def regress(m: Material, rank: int, seed: int = 0) -> Regression:
@@ -172,35 +249,46 @@ def regress(m: Material, rank: int, seed: int = 0) -> Regression:
 
     The best prediction of g = W x from r numbers that are linear in x projects g's covariance, W C W', on its r
     leading eigenvectors. Found by block power iteration, without forming W C W' or C (7B: 14336 and 4096 wide). C
-    is shrunk towards a multiple of the identity, as there may be fewer tokens than dimensions.
+    is shrunk towards its diagonal, as there may be fewer tokens than dimensions.
     """
-    x = m.x[m.train]
+    x = m.x[_spread(m.train, _COVARIANCE_TOKENS)]
     mean_x = x.mean(axis=0)
-    x = x - mean_x
-    floor = _SHRINKAGE * (x * x).mean(axis=0)[:, None]  # nothing for channels that never vary
-    weight = (1 - _SHRINKAGE) / len(x)
+    x -= mean_x
+    floor = _SHRINKAGE * (x * x).mean(axis=0)[:, None]
+    weight = np.float32((1 - _SHRINKAGE) / len(x))
 
     def covariance(y: np.ndarray) -> np.ndarray:
-        """C y, for y [n_embd, columns]."""
-        return weight * (x.T @ (x @ y)) + floor * y
+        product = x.T @ (x @ y)
+        product *= weight
+        product += floor * y
+        return product
 
     width = min(rank + _OVERSAMPLING, *m.w.shape)
     basis = np.random.default_rng(seed).standard_normal((m.n_ff, width), np.float32)
     for _ in range(_ITERATIONS):
-        basis, _ = np.linalg.qr(m.w @ covariance(m.w.T @ basis))
+        basis = _orthonormal(m.w @ covariance(m.w.T @ basis))
     y = m.w.T @ basis  # [n_embd, width]; basis' (W C W') basis = y' C y
-    values, vectors = np.linalg.eigh(y.T @ covariance(y))
-    rank = min(rank, width)
-    largest = np.argsort(values)[::-1][:rank]
-    a = y @ (vectors[:, largest] / np.sqrt(np.maximum(values[largest], 1e-12)))
-    b = m.w @ covariance(a)  # the regression of g on products that are uncorrelated and of unit variance
+    spread = covariance(y)
+    values, vectors = np.linalg.eigh(y.T @ spread)
+    largest = np.argsort(values)[::-1][: min(rank, width)]
+    turn = vectors[:, largest] / np.sqrt(np.maximum(values[largest], 1e-12))
+    a = np.ascontiguousarray((y @ turn).T)
+    b = m.w @ (spread @ turn)  # the regression of g on products that are uncorrelated and of unit variance
     some = m.x[_some(m)]
-    return Regression(np.ascontiguousarray(a.T), b, mean_x, m.w @ mean_x, some, some @ m.w.T)
+    return Regression(a, b, m.w, mean_x, m.w @ mean_x, covariance, some, some @ m.w.T)
+
+
+def _orthonormal(columns: np.ndarray) -> np.ndarray:
+    """A basis of the same space, from the eigenvectors of the products of the columns: ten times as fast as Householder's
+    QR for tall matrices. Directions that are lost in rounding come out shorter."""
+    wide = columns.astype(np.float64)
+    values, vectors = np.linalg.eigh(wide.T @ wide)
+    return columns @ (vectors / np.sqrt(np.maximum(values, 1e-13 * values[-1]))).astype(np.float32)
 
 
 def _some(m: Material) -> np.ndarray:
     """Tokens to measure the errors of regressions on."""
-    return m.train[:: max(1, len(m.train) // _ERROR_TOKENS)]
+    return _spread(m.train, _SOME)
 
 
 def _mixed(a: np.ndarray, b: np.ndarray, bias: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -227,10 +315,9 @@ def train(
     *,
     relu: bool,
     epochs: int,
-    rate: float,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Minibatch Adam (arXiv 1412.6980) on the weighted logistic loss; returns new A, B and bias.
+    """Minibatch Adam (arXiv 1412.6980) on the weighted logistic loss of `m.targets`; returns new A, B and bias.
 
     In the last part the loss is that of the weights as they will be stored (the straight-through estimator, arXiv
     1308.3432), so that what remains of quantisation's error is trained away.
@@ -243,22 +330,24 @@ def train(
     steps = epochs * (len(m.train) // size)
     step = 0
     while step < steps:
-        for rows in np.split(rng.permutation(m.train)[: len(m.train) // size * size], len(m.train) // size):
-            x, fired = m.x[rows], m.fired[rows]
+        for rows in np.split(rng.permutation(len(m.train))[: len(m.train) // size * size], len(m.train) // size):
+            x, target = m.x[m.train[rows]], m.targets[rows].astype(np.float32)
             used = weights if step < QUANTISED_FROM * steps else [_as_stored(weights[0]), _as_stored(weights[1])]
             z = x @ used[0].T
             hidden = np.maximum(z, 0) if relu else z
             scores = hidden @ used[1].T
             scores += weights[2]
+            # Of the loss -FIRING_WEIGHT t log p - (1 - t) log(1 - p), p = sigmoid(score).
             slope = _sigmoid(scores)
-            slope -= fired
-            slope *= np.where(fired, np.float32(FIRING_WEIGHT / size), np.float32(1 / size))
+            slope *= (FIRING_WEIGHT - 1) * target + 1
+            slope -= FIRING_WEIGHT * target
+            slope /= size
             back = slope @ used[1]
             if relu:
                 back *= z > 0
             gradients = (back.T @ x, slope.T @ hidden, slope.sum(axis=0))
             step += 1
-            pace = rate * 0.5 * (1 + np.cos(np.pi * step / steps)) / (1 - 0.9**step)
+            pace = RATE * 0.5 * (1 + np.cos(np.pi * step / steps)) / (1 - 0.9**step)
             for part, gradient, m1, m2 in zip(weights, gradients, first, second, strict=True):
                 m1 += 0.1 * (gradient - m1)
                 m2 += 0.001 * (gradient * gradient - m2)
@@ -313,33 +402,40 @@ def signs(w: np.ndarray) -> np.ndarray:
 # ---- the competition ---------------------------------------------------------------------------------------
 
 
-def _stored(kind: str, ggml_type: int, a: np.ndarray | None, b: np.ndarray, bias: np.ndarray) -> Predictor:
-    b_rows = quants.quantise(ggml_type, b)
-    if a is None:
-        return Predictor(kind, ggml_type, b_rows, bias.astype(np.float32))
-    if a.shape[1] % BLOCKS[ggml_type][0]:
-        return Predictor(kind, ggml_type, b_rows, bias.astype(np.float32), quants.F16, quants.quantise(quants.F16, a))
-    return Predictor(kind, ggml_type, b_rows, bias.astype(np.float32), ggml_type, quants.quantise(ggml_type, a))
+def _stored(kind: str, ggml_type: int, a: np.ndarray, b: np.ndarray, bias: np.ndarray) -> Predictor:
+    a_type = _a_type(a.shape[1], ggml_type)
+    a_rows, b_rows = quants.quantise(a_type, a), quants.quantise(ggml_type, b)
+    return Predictor(kind, ggml_type, b_rows, bias.astype(np.float32), a_type, a_rows)
+
+
+def _a_type(n_embd: int, ggml_type: int) -> int:
+    """That type where its blocks divide a row of A."""
+    return quants.F16 if n_embd % BLOCKS[ggml_type][0] else ggml_type
 
 
 def _bytes(m: Material, rank: int, ggml_type: int) -> int:
-    kind = ggml_type if m.n_embd % BLOCKS[ggml_type][0] == 0 else quants.F16
-    return rank * row_bytes(kind, m.n_embd) + m.n_ff * row_bytes(ggml_type, rank) + 4 * m.n_ff
+    width = row_bytes(_a_type(m.n_embd, ggml_type), m.n_embd)
+    return rank * width + m.n_ff * row_bytes(ggml_type, rank) + 4 * m.n_ff
 
 
-def directs(m: Material, recall: float) -> Iterator[Scored]:
-    """The predictors that need no training, with biases from the profile."""
-    if m.n_embd % 256:
+def directs(m: Material, recall: float, most: float) -> Iterator[Scored]:
+    """The predictors that need no training, with biases from the profile, that take at most so many bytes."""
+    importance = (m.x[m.train] ** 2).mean(axis=0) + 1e-9
+    shadows = [
+        (name, ggml_type, make)
+        for name, ggml_type, make in (
+            ("direct TQ1_0", TQ1_0, lambda: ternary(m.w, importance)),
+            ("direct Q2_K", Q2_K, lambda: quants.quantise(Q2_K, m.w)),
+            ("signs TQ1_0", TQ1_0, lambda: signs(m.w)),
+        )
+        if m.n_embd % BLOCKS[ggml_type][0] == 0 and m.n_ff * (row_bytes(ggml_type, m.n_embd) + 4) <= most
+    ]
+    if not shadows:
         return
     x = m.x[_some(m)]
     exact = x @ m.w.T
-    importance = (m.x[m.train] ** 2).mean(axis=0) + 1e-9
-    shadows = [
-        ("direct TQ1_0", TQ1_0, ternary(m.w, importance)),
-        ("direct Q2_K", Q2_K, quants.quantise(Q2_K, m.w)),
-        ("signs TQ1_0", TQ1_0, signs(m.w)),
-    ]
-    for name, ggml_type, rows in shadows:
+    for name, ggml_type, make in shadows:
+        rows = make()
         approximate = x @ quants.dequantise(ggml_type, rows, m.n_embd).T
         # Each score is regressed on the product it stands for, and its error's deviation is what a threshold is worth.
         slope = (approximate * exact).sum(axis=0) / np.maximum((approximate**2).sum(axis=0), 1e-12)
@@ -366,12 +462,11 @@ def _tuned_rows(
     def normal(tokens: np.ndarray) -> np.ndarray:
         return (plain.scores(m.x[tokens]) * slope + offset) / error
 
-    cut = threshold(normal(m.tune), m.fired[m.tune], recall + MARGIN * (1 - recall))
+    cut = safe_threshold(normal(m.tune), m.fired[m.tune], recall)
     scores, fired = normal(m.test), m.fired[m.test]
     reached, computed = measure(scores >= cut, fired)
-    curve = [measure(scores >= threshold(scores, fired, r), fired) for r in (0.8, 0.9, 0.95, 0.97, 0.98, 0.99)]
     bias = ((offset - cut * error) / slope).astype(np.float32)
-    return Scored(name, False, replace(plain, bias=bias, recall=reached, computed=computed), curve)
+    return Scored(name, False, replace(plain, bias=bias, recall=reached, computed=computed), _curve(scores, fired))
 
 
 def candidates(
@@ -393,29 +488,51 @@ def candidates(
     """
     limit = 4 * budget if everything else budget
     ranks = [r for r in ranks or RANKS if _bytes(m, r, Q4_0) <= limit * costs.ffn and r <= min(m.w.shape)]
-    untrained: list[Scored] = []
-    starts = {}
-    regression = regress(m, max(ranks), seed) if ranks else None
-    for rank in ranks:
-        assert regression is not None
-        starts[rank] = _mixed(*regression.cut(rank), seed)
-        untrained.append(tuned(m, _stored(LINEAR, Q4_0, *starts[rank]), recall, trained=False))
-        yield untrained[-1]
-    for scored in directs(m, recall):
-        if everything or scored.predictor.nbytes <= budget * costs.ffn:
-            yield scored
-    best = choose(untrained, costs, m, limit)
-    if best is None:
+    yield from directs(m, recall, costs.ffn if everything else budget * costs.ffn)
+    if not ranks:
         return
-    at = ranks.index(best.predictor.rank)
-    for rank in ranks if everything else ranks[max(0, at - 1) : at + 1]:
-        epochs = _epochs(m, rank, EFFORT if effort is None else effort)
-        if not epochs:
-            continue
-        trained = train(m, *starts[rank], relu=False, epochs=epochs, rate=1e-3, seed=seed)
-        yield tuned(m, _stored(LINEAR, Q4_0, *trained), recall, trained=True)
-        trained = train(m, *_random_start(m, rank, seed), relu=True, epochs=epochs, rate=3e-3, seed=seed)
-        yield tuned(m, _stored(LOWRANK, Q4_0, *trained), recall, trained=True)
+    regression = regress(m, max(ranks), seed)
+    at = _promising(m, costs, regression, ranks, recall)
+    for rank in ranks if everything else ranks[max(0, at - 1) : at + 2]:
+        yield tuned(m, regression.stored(rank, seed), recall, trained=False)
+    effort = EFFORT if effort is None else effort
+
+    def trained(rank: int) -> Iterator[Scored]:
+        if epochs := _epochs(m, rank, effort):
+            weights = train(m, *_mixed(*regression.cut(rank), seed), relu=False, epochs=epochs, seed=seed)
+            yield tuned(m, _stored(LINEAR, Q4_0, *weights), recall, trained=True)
+            if everything:
+                weights = train(m, *_random_start(m, rank, seed), relu=True, epochs=epochs, seed=seed)
+                yield tuned(m, _stored(LOWRANK, Q4_0, *weights), recall, trained=True)
+
+    if everything:
+        for rank in ranks:
+            yield from trained(rank)
+        return
+    found: list[Scored] = []
+    for further in (ranks[at:], ranks[:at][::-1]):
+        for rank in further:
+            before = choose(found, costs, m, limit)
+            found += (new := list(trained(rank)))
+            yield from new
+            if choose(found, costs, m, limit) is before:
+                break
+
+
+def _promising(m: Material, costs: Costs, regression: Regression, ranks: Sequence[int], recall: float) -> int:
+    """Which of the ranks costs least, before anything is quantised or trained."""
+    tokens = _spread(m.tune, JUDGED // 2 // m.n_ff)
+    best, least = 0, np.inf
+    for i, rank in enumerate(ranks):
+        a, b, bias = regression.cut(rank)
+        scores = (m.x[tokens] @ a.T) @ b.T + bias
+        computed = float((scores >= threshold(scores, m.fired[tokens], recall)).mean())
+        cost = costs.weighed(_bytes(m, rank, Q4_0), computed, m)
+        if cost < least:
+            best, least = i, cost
+        elif i > best + 1:  # what more rank costs, it no longer gives
+            break
+    return best
 
 
 def _random_start(m: Material, rank: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -432,8 +549,7 @@ def choose(found: Sequence[Scored], costs: Costs, m: Material, budget: float = B
     than `WASTE` times what fires counts for as much more. None where there is none."""
 
     def cost(scored: Scored) -> float:
-        p = scored.predictor
-        assert p.computed is not None
-        return costs.predicted(p, m.n_ff) * max(1.0, p.computed / (WASTE * m.density))
+        assert scored.predictor.computed is not None
+        return costs.weighed(scored.predictor.nbytes, scored.predictor.computed, m)
 
     return min((s for s in found if s.predictor.nbytes <= budget * costs.ffn), key=cost, default=None)
