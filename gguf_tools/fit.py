@@ -24,7 +24,7 @@ from gguf_tools.reader import BLOCKS, GGUFFile, TensorInfo
 from gguf_tools.sparse import bundle_layout
 
 RECALL = 0.97
-_VERSION = 2  # of the trained predictors that are kept
+_VERSION = 3  # of the trained predictors that are kept
 
 Progress = Callable[..., None]
 
@@ -87,13 +87,14 @@ def fit(
         for done, ffn in enumerate(plan.ffns):
             if progress:
                 progress(done, len(plan.ffns), f"layer {ffn.index}")
-            found[ffn.unit] = _ordered(profile, ffn, hot[ffn.unit])
+            fired = profile.masks(ffn.unit) if ffn.unit in profile.ffns else None
+            found[ffn.unit] = _ordered(profile, ffn, fired, hot[ffn.unit])
             if not predict:
                 continue
             if obstacle := predict_obstacle(file, plan, ffn):
                 notes.append(f"layer {ffn.index} stays exact: {obstacle}")
                 continue
-            predictor, tried, note = _predictor(profile, file, ffn, recall, settings, everything)
+            predictor, tried, note = _predictor(profile, file, ffn, fired, recall, settings, everything)
             candidates += tried
             notes += [note] if note else []
             if predictor:
@@ -131,12 +132,12 @@ def _hot_counts(profile: Profile, plan: Plan, hot_bytes: int | None) -> dict[str
     return counts | dict(zip(known, np.bincount(owner[chosen], minlength=len(known)).tolist(), strict=True))
 
 
-def _ordered(profile: Profile, ffn: FFN, hot: int) -> Calibrated:
+def _ordered(profile: Profile, ffn: FFN, fired: np.ndarray | None, hot: int) -> Calibrated:
     if ffn.unit not in profile.ffns or (frequency := profile.frequency(ffn.unit)) is None:
         return Calibrated()
     if frequency.ndim == 2:
         return Calibrated(order=np.argsort(-frequency, axis=1, kind="stable"), frequency=frequency)
-    stored = order.stored_order(frequency, profile.masks(ffn.unit), hot)
+    stored = order.stored_order(frequency, fired, hot)
     return Calibrated(order=stored, frequency=frequency, hot_count=hot)
 
 
@@ -144,18 +145,24 @@ def _ordered(profile: Profile, ffn: FFN, hot: int) -> Calibrated:
 
 
 def _predictor(
-    profile: Profile, file: GGUFFile, ffn: FFN, recall: float, settings: str, everything: bool
+    profile: Profile,
+    file: GGUFFile,
+    ffn: FFN,
+    fired: np.ndarray | None,
+    recall: float,
+    settings: str,
+    everything: bool,
 ) -> tuple[Predictor | None, list[Candidate], str | None]:
     """The best predictor of an FFN, or None and why the layer stays exact; and all that were tried."""
     kept = profile.folder / f"predictor-{ffn.unit}.npz"
     if not everything and (loaded := _load(kept, settings)):
         return loaded[0], [], loaded[1]
-    x, fired = profile.array("x", ffn.unit), profile.masks(ffn.unit)
+    x = profile.array("x", ffn.unit)
     if x is None or fired is None:
         raise ConversionError(f"{profile.folder}: has no inputs of layer {ffn.index}; calibrate again")
     up = _matrix(file, ffn, ffn.up) if profile.meta["activation"] == "drelu" else None
     m = training.material(x, fired, _matrix(file, ffn, ffn.decider), profile.meta["window"], up)
-    del x, fired
+    del x
     costs = _costs(ffn, m.density)
     tried = list(training.candidates(m, costs, recall, everything=everything))
     best = training.choose(tried, costs, m)

@@ -173,7 +173,7 @@ def measure(selected: np.ndarray, fired: np.ndarray) -> tuple[float, float]:
 
 
 def safe_threshold(scores: np.ndarray, fired: np.ndarray, recall: float) -> float:
-    """The score that `recall` of the firing neurons exceed, and a standard error more, as other tokens will differ
+    """The score that `recall` of the firing neurons exceed, and two standard errors more, as other tokens will differ
     from these as these differ among themselves."""
     firing = np.sort(scores[fired])
     missed = fired & (scores < _quantile(firing, recall))
@@ -181,7 +181,7 @@ def safe_threshold(scores: np.ndarray, fired: np.ndarray, recall: float) -> floa
     counts = np.array([(fired[g].sum(), missed[g].sum()) for g in groups], np.float64)
     total, lost = counts.sum(axis=0)
     error = np.sqrt(((counts[:, 1] - lost / total * counts[:, 0]) ** 2).sum()) / total
-    return _quantile(firing, min(recall + error, (1 + recall) / 2))
+    return _quantile(firing, min(recall + 2 * error, (1 + recall) / 2))
 
 
 def _curve(scores: np.ndarray, fired: np.ndarray) -> list[tuple[float, float]]:
