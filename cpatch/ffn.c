@@ -748,6 +748,50 @@ static void start(struct work *w, const struct pi_layer *layer, const struct ffn
     if (spec->predictor == PI_PREDICT_DIRECT) w->pred_input = add_input(w, spec->pred_b_type);
 }
 
+/* ---- verifying a prediction ----------------------------------------------------------------------------------- */
+
+struct check {
+    const struct work *w;
+    const struct ffn_row *row;
+    const uint8_t *wanted; /* [n_ff] what the predictor selected for it */
+    uint64_t fired, missed;
+};
+
+/* ffn_each_bundle()'s visitor: does neuron j fire, and was it missed? */
+static void check_neuron(int64_t j, void *context) {
+    struct check *check = context;
+    const struct work *w = check->w;
+    const struct pi_layer_spec *spec = &w->layer->spec;
+    const uint8_t *own = pi_bundle(w->layer, 0, j);
+    const uint8_t *deciding = own + (spec->gated ? spec->gate_offset : spec->up_offset), *up = own + spec->up_offset;
+    float g, u = 1.0f;
+    kernel_dots(spec->gated ? spec->gate_type : spec->up_type, spec->n_embd, &deciding, 1,
+                input_of(w, check->row, spec->gated ? w->gate_input : w->up_input), &g);
+    if (!(g > 0.0f)) return;
+    if (spec->gated) kernel_dots(spec->up_type, spec->n_embd, &up, 1, input_of(w, check->row, w->up_input), &u);
+    if (activate(w->activation, g, u) == 0.0f) return;
+    check->fired++;
+    check->missed += !check->wanted[j];
+}
+
+/* Looks at all neurons for one row of the set that was computed last, if it is this evaluation's turn: layers take turns,
+ * so that a token does not pay for all of them, and so do the rows of a batch. */
+static enum ffn_result verify(const struct work *w, struct pi_counters *counters) {
+    const struct pi_layer *layer = w->layer;
+    const uint32_t every = atomic_load_explicit(&layer->model->verify, memory_order_relaxed);
+    const uint64_t turn = layer->counters[0].calls + layer->counters[1].calls + (uint64_t)(layer - layer->model->layers);
+    if (every == 0 || !w->predicts || w->all || turn % every != 0) return FFN_OK;
+    const int r = (int)(turn / every % (uint64_t)w->n_rows);
+    struct check check = {
+        .w = w, .row = &w->blocks[0].rows[r], .wanted = w->wanted + (int64_t)r * layer->spec.n_ff};
+    const enum ffn_result result = ffn_each_bundle(layer, check_neuron, &check);
+    if (result != FFN_OK) return result;
+    counters->verified += 1;
+    counters->true_fired += check.fired;
+    counters->missed += check.missed;
+    return FFN_OK;
+}
+
 enum ffn_result ffn_sparse(const struct pi_layer *layer, struct ffn_row *rows, int n_rows, bool dense, int n_threads,
                            struct ffn_scratch *scratch, struct pi_counters *counters) {
     const size_t n_embd = (size_t)layer->spec.n_embd;
@@ -793,6 +837,8 @@ enum ffn_result ffn_sparse(const struct pi_layer *layer, struct ffn_row *rows, i
     }
     if (layer->store != NULL) pthread_mutex_unlock(&layer->model->evaluating);
     if (failed(&work)) return FFN_READ_FAILED;
+    const enum ffn_result verified = verify(&work, counters);
+    if (verified != FFN_OK) return verified;
     const bool only_down = rows[0].h == NULL; /* its input decides, so what is selected has fired */
     counters->calls += 1;
     counters->rows += (uint64_t)n_rows;

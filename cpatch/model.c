@@ -59,6 +59,10 @@ void pi_model_set_dense(struct pi_model *model, bool dense) {
     atomic_store(&model->dense, dense);
 }
 
+void pi_model_set_verify(struct pi_model *model, uint32_t every) {
+    atomic_store_explicit(&model->verify, every, memory_order_relaxed);
+}
+
 struct pi_weight *pi_model_find(struct pi_model *model, const char *tensor_name) {
     for (int i = 0; i < model->n_layers; i++) {
         struct pi_layer *layer = &model->layers[i];
@@ -81,7 +85,10 @@ int pi_model_stats(struct pi_model *model, int i, int phase, struct pi_layer_sta
                                    .selected = c->selected,
                                    .fired = c->fired,
                                    .touched = c->touched,
-                                   .ns = c->ns};
+                                   .ns = c->ns,
+                                   .verified = c->verified,
+                                   .true_fired = c->true_fired,
+                                   .missed = c->missed};
     return 0;
 }
 
@@ -133,6 +140,7 @@ void pi_model_reset_stats(struct pi_model *model) {
         for (int phase = 0; phase < 2; phase++) {
             struct pi_counters *c = &model->layers[i].counters[phase];
             c->calls = c->rows = c->neurons = c->selected = c->fired = c->touched = c->ns = 0;
+            c->verified = c->true_fired = c->missed = 0;
         }
     }
 }

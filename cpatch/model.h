@@ -47,6 +47,8 @@ struct pi_counters {
     _Atomic uint64_t fired;    /* (row, neuron) pairs whose activation is not zero */
     _Atomic uint64_t touched;  /* bundles read: the union over the rows computed together */
     _Atomic uint64_t ns;       /* time spent in graph_compute on this layer */
+    _Atomic uint64_t verified; /* rows of a predicted layer for which all neurons were looked at afterwards: */
+    _Atomic uint64_t true_fired, missed; /* neurons that fire in truth, and those of them that were not selected */
 };
 
 struct pi_layer {
@@ -69,6 +71,7 @@ struct pi_model {
     atomic_int refs;
     enum pi_activation activation;
     atomic_bool dense; /* compute every neuron: the reference path */
+    atomic_uint verify; /* one of so many evaluations of a predicted layer is verified; 0: none */
     struct flash *flash; /* NULL: nothing is streamed */
     enum store_policy policy;
     bool ahead; /* pi_flash_spec.ahead */

@@ -94,6 +94,7 @@ struct pi_flash_spec {
 
 struct pi_layer_stats {
     uint64_t calls, rows, neurons, selected, fired, touched, ns;
+    uint64_t verified, true_fired, missed; /* of pi_model_set_verify() */
 };
 
 /* Counters of what was streamed, docs in store.h. */
@@ -136,6 +137,10 @@ void *pi_model_buft(struct pi_model *model);
 
 /* true: compute all neurons (the dense reference path); false: only those that fire. Takes effect at once. */
 void pi_model_set_dense(struct pi_model *model, bool dense);
+
+/* Has one of every so many evaluations of each predicted layer looked at again, for one of its rows: which neurons fire in
+ * truth, and which of them the predictor missed. Reads all bundles of the layer, by one thread. 0: none (the default). */
+void pi_model_set_verify(struct pi_model *model, uint32_t every);
 
 /* Copies the counters of layer i (0-based position, not blk index); phase 0: decode, 1: larger ubatches. */
 int pi_model_stats(struct pi_model *model, int i, int phase, struct pi_layer_stats *out);

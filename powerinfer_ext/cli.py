@@ -410,6 +410,12 @@ def run(
     dense: Dense = False,
     memory: Memory = None,
     io: Io = IoEngine.auto,
+    verify: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, metavar="SHARE", help="Of a predicted layer's evaluations: look afterwards what was missed."
+        ),
+    ] = 0.0,
     as_json: Json = False,
 ) -> None:
     """Continue a text, and say how fast and how sparsely that was, and what was read from disk for it."""
@@ -417,6 +423,7 @@ def run(
 
     _silence_llama_cpp()
     settings = {"ctx": ctx, "threads": threads, "dense": dense, "seed": seed, "memory": memory, "io": io.value}
+    settings["verify"] = verify
     with contextlib.closing(open_model(_resolve(model), **settings)) as llama:
         result = generate(
             llama,
@@ -436,6 +443,10 @@ def run(
     )
     if result.streaming is not None:
         _say(result.streaming.sentence(), err)
+    if result.missed is not None:
+        _say(f"missed {result.missed:.2%} of the neurons that fire, in {result.verified} evaluations looked at", err)
+    elif verify:
+        _say("nothing was verified: no layer of this model is predicted, or too few were evaluated", err)
 
 
 @app.command(epilog=_examples("powerinfer chat model.sparse.gguf", "powerinfer chat model.gguf --temperature 0"))

@@ -28,6 +28,9 @@ class Llama(llama_cpp.Llama):
             FFN weights of any other. None: everything is kept in memory if it fits, else what is available is the
             budget.
         io: how to read what is streamed: "io_uring", "threads", or "auto".
+        verify: for a file with predictors, the share of a layer's evaluations after which all of its neurons are
+            looked at; `sparse_stats()` then says under `missed` what share of those that fire the predictors missed.
+            Costs about a dense evaluation of the layer on one thread each time.
         **kwargs: everything `llama_cpp.Llama` takes.
 
     Raises:
@@ -43,11 +46,12 @@ class Llama(llama_cpp.Llama):
         sparse_mode: str = "exact",
         memory: int | str | None = None,
         io: str = "auto",
+        verify: float = 0.0,
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # what close() needs, should the next lines raise
-        options = Options(sparse_mode, memory, io, _context(kwargs))
-        self.sparse_mode, self.memory, self.io = sparse_mode, memory, io
+        options = Options(sparse_mode, memory, io, _context(kwargs), verify=verify)
+        self.sparse_mode, self.memory, self.io, self.verify = sparse_mode, memory, io, verify
         if memory is not None and "n_ubatch" not in kwargs:
             with ModelFiles.open(model_path) as files:
                 smaller = choose_ubatch(files, memory, options.context)
@@ -65,7 +69,8 @@ class Llama(llama_cpp.Llama):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "sparse_mode": self.sparse_mode, "memory": self.memory, "io": self.io}
+        ours = {key: getattr(self, key) for key in ("sparse_mode", "memory", "io", "verify")}
+        return {**super().__getstate__(), **ours}
 
     def eval(self, tokens: Any) -> None:
         """`llama_cpp.Llama.eval`; when reading from flash failed, the exception says where."""
@@ -113,7 +118,8 @@ def sparse_stats(llama: llama_cpp.Llama) -> dict[str, Any]:
     Raises PowerInferError when the model has been closed.
     """
     sparse = _sparse_model(llama)
-    return {"density": None, "tokens": 0, "layers": [], "flash": None} if sparse is None else sparse.stats()
+    nothing = {"density": None, "tokens": 0, "missed": None, "verified": 0, "layers": [], "flash": None}
+    return nothing if sparse is None else sparse.stats()
 
 
 def _sparse_model(llama: llama_cpp.Llama) -> Any:

@@ -36,6 +36,10 @@ IO_ENGINES = {"auto": 0, "io_uring": 1, "threads": 2}  # enum io_engine
 _ACTIVATIONS = {"relu": 1, "relu2": 2, "drelu": 3, "silu": 4, "gelu": 5}
 _KINDS = {"experts": 0, "tiles": 1, "rows": 2, "router": 3}  # enum pi_slab_kind
 _PREDICTORS = {"lowrank": 1, "direct": 2, "linear": 3}  # enum pi_predictor
+_COUNTERS = (
+    *("calls", "rows", "neurons", "selected", "fired", "touched", "ns"),
+    *("verified", "true_fired", "missed"),
+)  # of struct pi_layer_stats
 _ERROR_SIZE = 512
 
 _lock = threading.Lock()
@@ -50,7 +54,8 @@ class Options:
     computes all of them. memory: a budget for the whole process, in bytes, or as "4GiB" or "50%" of the model's
     file; None keeps everything in memory if it fits. io: "auto", "io_uring" or "threads". context: what the
     budget has to leave room for. prefetch: read experts that a router names, or that the next layer's router
-    would, before they are needed.
+    would, before they are needed. verify: the share of a predicted layer's evaluations, 0 to 1, after which it is
+    looked what the predictor missed.
     """
 
     mode: str = "exact"
@@ -58,12 +63,15 @@ class Options:
     io: str = "auto"
     context: Context = Context()
     prefetch: bool = True
+    verify: float = 0.0
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise PowerInferError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
         if self.io not in IO_ENGINES:
             raise PowerInferError(f"I/O engine {self.io!r} is not one of {', '.join(IO_ENGINES)}")
+        if not 0 <= self.verify <= 1:
+            raise PowerInferError(f"verify is a share of the evaluations, from 0 to 1, not {self.verify:g}")
 
 
 class _BufferTypeOverride(ctypes.Structure):
@@ -126,10 +134,12 @@ class SparseModel:
             density: share of neurons that the deciding product (or predictor) let through, mean over the layers; None
                 before the first token.
             tokens: tokens counted, by the layer that saw most (the last one skips tokens whose logits nobody wants).
+            missed: share of the neurons firing in truth that predictors missed, and `verified`, in how many evaluations
+                (a token in a layer) that was looked at, see `set_verify`; None and 0 without.
             layers: for every FFN layer: `layer` (index), `density`, `neurons` (per FFN or expert), `selected` and
                 `fired` (neuron evaluations let through, and of those with an activation other than zero), `tokens`
-                (rows: in a mixture one per token and routed expert), `seconds`, and `decode`, the same counts for
-                one-token steps alone.
+                (rows: in a mixture one per token and routed expert), `seconds`, `verified` (rows), `true_fired` and
+                `missed` (neurons, of those rows), and `decode`, the same counts for one-token steps alone.
             flash: None when nothing is streamed, else `hit_rate` (share of wanted neurons, experts, tiles that were in
                 memory), `wanted`, `missed`, `unit_bytes` (of units that were read), `read_bytes` (what was really read,
                 alignment and gaps included; this and `reads` count from loading on), `reads`, `wait_seconds` (threads'
@@ -142,10 +152,13 @@ class SparseModel:
             decode, batched = (self._counters(position, phase) for phase in (0, 1))
             total = {key: decode[key] + batched[key] for key in decode}
             layers.append({"layer": index, "neurons": neurons, **_summary(total), "decode": _summary(decode)})
+        true_fired = sum(layer["true_fired"] for layer in layers)
         densities = [layer["density"] for layer in layers if layer["density"] is not None]
         return {
             "density": sum(densities) / len(densities) if densities else None,
             "tokens": max((layer["tokens"] for layer in layers), default=0),
+            "missed": sum(layer["missed"] for layer in layers) / true_fired if true_fired else None,
+            "verified": sum(layer["verified"] for layer in layers),
             "layers": layers,
             "flash": self._flash() if self.placement.streams else None,
         }
@@ -196,10 +209,19 @@ class SparseModel:
         """Switch between "exact" and "dense" from the next evaluation on."""
         self._lib.pi_model_set_dense(self._handle, Options(mode).mode == "dense")
 
+    def set_verify(self, share: float) -> None:
+        """Look again at that share of the evaluations of each predicted layer: what fires in truth, and was missed?
+
+        Each time all bundles of the layer are read and multiplied, by one thread: for a layer of Mistral 7B's size in
+        memory a few milliseconds, streamed as long as it takes to read it. 0 switches it off.
+        """
+        share = Options(verify=share).verify
+        self._lib.pi_model_set_verify(self._handle, round(1 / share) if share else 0)
+
     def _counters(self, position: int, phase: int) -> dict[str, int]:
         stats = self._ffi.new("struct pi_layer_stats *")
         self._lib.pi_model_stats(self._handle, position, phase, stats)
-        return {key: getattr(stats, key) for key in ("calls", "rows", "neurons", "selected", "fired", "touched", "ns")}
+        return {key: getattr(stats, key) for key in _COUNTERS}
 
 
 def _summary(counts: dict[str, int]) -> dict[str, Any]:
@@ -211,6 +233,9 @@ def _summary(counts: dict[str, int]) -> dict[str, Any]:
         "tokens": counts["rows"],
         "calls": counts["calls"],
         "seconds": counts["ns"] / 1e9,
+        "verified": counts["verified"],
+        "true_fired": counts["true_fired"],
+        "missed": counts["missed"],
     }
 
 
@@ -287,7 +312,9 @@ def _load(files: ModelFiles, placement: Placement, params: Any, options: Options
             f"{files.path}: llama.cpp refuses the model that this file holds; load its source with llama_cpp.Llama("
             "verbose=True) to see why"
         )
-    return pointer, SparseModel(files.path, [str(file.path) for file in files.files], placement, model)
+    sparse = SparseModel(files.path, [str(file.path) for file in files.files], placement, model)
+    sparse.set_verify(options.verify)
+    return pointer, sparse
 
 
 def _open_model(

@@ -26,6 +26,8 @@ class Generation:
     decode_tps: float | None  # the other new tokens over the time they took
     density: float | None  # mean share of neurons computed, None for a stock GGUF
     streaming: Streaming | None = None  # None where everything is in memory
+    missed: float | None = None  # share of the firing neurons that predictors missed, None unless verified
+    verified: int = 0  # evaluations (a token in a layer) that this is from
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,12 @@ def open_model(
     seed: int | None = None,
     memory: int | str | None = None,
     io: str = "auto",
+    verify: float = 0.0,
 ) -> Llama:
     """Open `path` for generation.
 
     ctx: in tokens; 0: what the model was trained with, but at most 4096. seed: None for a new one each time. memory,
-    io: as for `powerinfer_ext.Llama`.
+    io, verify: as for `powerinfer_ext.Llama`.
     """
     if ctx == 0:
         ctx = trained_context(path)
@@ -95,6 +98,7 @@ def open_model(
         sparse_mode="dense" if dense else "exact",
         memory=memory,
         io=io,
+        verify=verify,
         n_ctx=ctx,
         n_threads=threads,
         n_threads_batch=threads,
@@ -172,6 +176,8 @@ def generate(
         decode_tps=_rate(len(written) - 1, last - first),
         density=stats["density"],
         streaming=streaming(before, stats["flash"], len(tokens) + len(written), llama.n_threads),
+        missed=stats["missed"],
+        verified=stats["verified"],
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gguf_tools import quants
+from gguf_tools.predictor import rounded
 from powerinfer_ext.loader import native
 
 N_EMBD, N_FF, EXPERTS = 256, 320, 3
@@ -159,6 +161,56 @@ def test_a_predictor_selects_what_it_says(tmp_path: Path) -> None:
     stats = ffi.new("struct pi_layer_stats *")
     lib.pi_model_stats(model, 0, 1, stats)
     assert stats.fired == fired.sum() + (dense != 0).sum()
+
+
+@pytest.mark.parametrize("case", ["predicted", "predicted directly, ungated", "dReLU"])
+@pytest.mark.parametrize("slots", [0, 40])
+def test_verification_counts_what_was_missed(tmp_path: Path, case: str, slots: int) -> None:
+    """Against numpy; and it changes nothing in the output."""
+    options, activation = CASES.get(case, (dict(gated=True, predictor=LINEAR), DRELU))
+    file = File(tmp_path / "bundles", **options)
+    ffi, lib = native()
+    spec = file.spec[0]
+    content = file.path.read_bytes()
+
+    def floats(offset: int, n: int) -> np.ndarray:
+        return np.frombuffer(content, np.float32, n * N_FF if n else N_FF, offset)
+
+    raw = np.frombuffer(content, np.uint8, N_FF * spec.stride, 4096).reshape(N_FF, -1)
+    width = N_EMBD // 32 * 34
+    g, u = (quants.dequantise(Q8_0, raw[:, at : at + width], N_EMBD) for at in (spec.gate_offset, spec.up_offset))
+    a = np.frombuffer(content, np.float32, RANK * N_EMBD, spec.pred_a_offset).reshape(RANK, -1)
+    bias = floats(spec.pred_bias_offset, 0)
+    b = floats(spec.pred_b_offset, N_EMBD if file.predictor == DIRECT else RANK).reshape(N_FF, -1)
+    fired = missed = 0
+    plain, model = file.open(activation, slots), file.open(activation, slots)
+    lib.pi_model_set_verify(model, 2)
+    for seed in range(12):
+        before = file.run(plain, 1, 2, seed)
+        after = file.run(model, 1, 2, seed)
+        assert after[0] == 0 and np.array_equal(before[1], after[1]) and np.array_equal(before[2], after[2])
+        if seed % 2:
+            continue
+        x = np.random.default_rng(seed).standard_normal((1, N_EMBD)).astype(np.float32)
+        fires = (rounded(Q8_0, x) @ g.T > 0)[0]
+        if activation == DRELU:
+            fires &= (rounded(Q8_0, x) @ u.T > 0)[0]
+        z = x if file.predictor == DIRECT else x @ a.T
+        selected = ((np.maximum(z, 0) if file.predictor == LOWRANK else z) @ b.T + bias > 0)[0]
+        fired += np.count_nonzero(fires)
+        missed += np.count_nonzero(fires & ~selected)
+    stats = ffi.new("struct pi_layer_stats *")
+    lib.pi_model_stats(model, 0, 0, stats)
+    assert (stats.verified, stats.true_fired, stats.missed) == (6, fired, missed)
+    assert 0 < missed < fired
+    assert file.run(model, 30, 2, 99)[0] == 0  # of a batch, one row
+    lib.pi_model_stats(model, 0, 1, stats)
+    assert stats.verified == 1 and 0 < stats.missed < stats.true_fired < N_FF
+    lib.pi_model_reset_stats(model)
+    lib.pi_model_set_verify(model, 0)
+    assert file.run(model, 1, 2, 0)[0] == 0
+    lib.pi_model_stats(model, 0, 0, stats)
+    assert (stats.calls, stats.verified) == (1, 0)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
