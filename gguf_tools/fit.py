@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from gguf_tools.reader import BLOCKS, GGUFFile, TensorInfo
 from gguf_tools.sparse import bundle_layout
 
 RECALL = 0.97
-_VERSION = 3  # of the trained predictors that are kept
+_VERSION = 4  # of the trained predictors that are kept
 
 Progress = Callable[..., None]
 
@@ -46,11 +46,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a profile gave. candidates: only those of layers that were trained now."""
+    """What a profile gave. candidates: only those of layers that were trained now. seconds: what took how long."""
 
     calibration: Calibration
     candidates: list[Candidate]
     notes: list[str]
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def fit(
@@ -86,7 +87,7 @@ def fit(
         settings = json.dumps([_VERSION, digest, recall])
         for done, ffn in enumerate(plan.ffns):
             if progress:
-                progress(done, len(plan.ffns), f"layer {ffn.index}")
+                progress(done, len(plan.ffns), f"{'predictor' if predict else 'order'} of layer {ffn.index}")
             fired = profile.masks(ffn.unit) if ffn.unit in profile.ffns else None
             found[ffn.unit] = _ordered(profile, ffn, fired, hot[ffn.unit])
             if not predict:

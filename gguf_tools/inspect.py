@@ -169,6 +169,7 @@ def render(info: dict[str, Any], console: Console) -> None:
         lines.append(
             ("source", f"{source['name']} ({_size(source['size'])}, sha256 {source['sha256'][:16]}...)")
         )
+        lines.append(("mode", _mode(info)))
     elif info["obstacle"]:
         lines.append(("convert", f"not possible: {info['obstacle']}"))
     else:
@@ -177,6 +178,42 @@ def render(info: dict[str, Any], console: Console) -> None:
         console.print(f"[bold]{label:>10}[/]  {escape(_visible(text))}", highlight=False, soft_wrap=True)
     if info["layers"]:
         console.print(_table(info["layers"], is_sparse))
+    if any(layer.get("predictor", "none") != "none" for layer in info["layers"]):
+        console.print(_predictor_table(info["layers"]))
+
+
+def _mode(info: dict[str, Any]) -> str:
+    layers = info["layers"]
+    predicted = [layer for layer in layers if layer["predictor"] != "none"]
+    if predicted:
+        size, share = _predictors_size(predicted)
+        return (
+            f"predict: {len(predicted)} of {len(layers)} layers, whose predictors take {_size(size)}, {share:.1%} of "
+            "their FFNs"
+        )
+    return f"exact, with thresholds ({info['thresholds']})" if info["thresholds"] else "exact"
+
+
+def _predictors_size(layers: list[dict[str, Any]]) -> tuple[int, float]:
+    """Bytes, and the share of what the FFNs take without them."""
+    size = sum(layer["predictor_bytes"] for layer in layers)
+    return size, size / sum(layer["bytes"] - layer["predictor_bytes"] for layer in layers)
+
+
+def _predictor_table(layers: list[dict[str, Any]]) -> Table:
+    """recall: share of the firing neurons that are found; computed: of all neurons that are computed."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("layer", "predictor", "rank", "size", "of the FFN", "recall", "computed"):
+        table.add_column(name, justify="left" if name == "predictor" else "right")
+    for layer in layers:
+        if layer["predictor"] == "none":
+            table.add_row(str(layer["index"]), "none (exact)", *["-"] * 5)
+            continue
+        size, share = _predictors_size([layer])
+        figures = ["-" if layer[key] is None else f"{layer[key]:.1%}" for key in ("recall", "computed")]
+        rank = str(layer["predictor_rank"] or "-")
+        table.add_row(str(layer["index"]), layer["predictor"], rank, _size(size), f"{share:.1%}", *figures)
+    return table
 
 
 def _table(layers: list[dict[str, Any]], is_sparse: bool) -> Table:

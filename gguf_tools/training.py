@@ -6,9 +6,8 @@ Three families compete for every layer, and `choose` takes what gives the fastes
               inputs of the profile, by subspace iteration. All ranks come from one decomposition. Then, unless a
               layer is too large for it, trained on: minibatch Adam on a logistic loss that weighs firing neurons
               more, as they are few.
-    lowrank   r hidden units with a ReLU, as in Deja Vu (arXiv 2310.17157) and PowerInfer (2312.12456), trained from
-              random ones. For charts alone: of the same rank, the linear ones that start at the regression were
-              better in every layer of the bundled models.
+    lowrank   r hidden units with a ReLU, as in Deja Vu (arXiv 2310.17157) and PowerInfer (2312.12456), trained in
+              the same way from random ones.
     direct    W itself in few bits; nothing is trained but the bias. Q2_K, TQ1_0 with thresholds and scales of our
               own (least squares), and signs alone as in SparseInfer (2411.12692).
 
@@ -484,9 +483,8 @@ def candidates(
 ) -> Iterator[Scored]:
     """Predictors for a layer, each tuned to `recall`: those that need no training, then trained ones.
 
-    Ranks are searched untrained, as all of them come from one regression; the best of them and the next smaller
-    one are trained, linear and with a ReLU. everything: train every rank, and try what is over the budget too (for
-    a chart).
+    The rank is searched untrained, as all of them come from one regression; from there on trained, upwards and
+    downwards as long as it helps. everything: train every rank, and try what is over the budget too (for a chart).
     """
     limit = 4 * budget if everything else budget
     ranks = [r for r in ranks or RANKS if _bytes(m, r, Q4_0) <= limit * costs.ffn and r <= min(m.w.shape)]
@@ -499,26 +497,27 @@ def candidates(
         yield tuned(m, regression.stored(rank, seed), recall, trained=False)
     effort = EFFORT if effort is None else effort
 
-    def trained(rank: int) -> Iterator[Scored]:
+    def trained(rank: int, relu: bool) -> Iterator[Scored]:
         if epochs := _epochs(m, rank, effort):
-            weights = train(m, *_mixed(*regression.cut(rank), seed), relu=False, epochs=epochs, seed=seed)
-            yield tuned(m, _stored(LINEAR, Q4_0, *weights), recall, trained=True)
-            if everything:
-                weights = train(m, *_random_start(m, rank, seed), relu=True, epochs=epochs, seed=seed)
-                yield tuned(m, _stored(LOWRANK, Q4_0, *weights), recall, trained=True)
+            start = _random_start(m, rank, seed) if relu else _mixed(*regression.cut(rank), seed)
+            weights = train(m, *start, relu=relu, epochs=epochs, seed=seed)
+            yield tuned(m, _stored(LOWRANK if relu else LINEAR, Q4_0, *weights), recall, trained=True)
 
     if everything:
         for rank in ranks:
-            yield from trained(rank)
+            yield from trained(rank, relu=False)
+            yield from trained(rank, relu=True)
         return
     found: list[Scored] = []
     for further in (ranks[at:], ranks[:at][::-1]):
         for rank in further:
             before = choose(found, costs, m, limit)
-            found += (new := list(trained(rank)))
+            found += (new := list(trained(rank, relu=False)))
             yield from new
             if choose(found, costs, m, limit) is before:
                 break
+    if best := choose(found, costs, m, limit):
+        yield from trained(best.predictor.rank, relu=True)
 
 
 def _promising(m: Material, costs: Costs, regression: Regression, ranks: Sequence[int], recall: float) -> int:

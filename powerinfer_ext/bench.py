@@ -111,7 +111,7 @@ def bench(
         step("Measuring how fast memory and disk are read")
         speeds = _speeds(pair.stock)
         speeds["rates"] = [_rates(pair.sparse, threads)]
-        about = _machine(pair.stock, threads)
+        about = about_machine(pair.stock, threads)
         measured = [_condition(pair, everyone, work, limit, step) for limit in limits]
         step("Measuring how fast memory is read, again")
         speeds["memory"] += _memory_speed()  # it changes with what a virtual machine's neighbours do
@@ -518,7 +518,7 @@ def _memory_speed() -> list[float]:
         return []
 
 
-def _machine(path: str, threads: int) -> dict[str, Any]:
+def about_machine(path: str, threads: int) -> dict[str, Any]:
     name, flags = machine.parse_cpuinfo(machine.read_text("/proc/cpuinfo"))
     wanted = ("avx", "fma", "f16c", "amx", "asimd", "sve", "sse4", "ssse3", "bmi2", "i8mm", "gfni")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -15,8 +15,9 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ import numpy as np
 import typer
 
 from gguf_tools.activations import NATIVE
-from gguf_tools.convert import convert, plan_conversion
+from gguf_tools.convert import convert, plan_conversion, predict_obstacle
 from gguf_tools.errors import ConversionError
 from gguf_tools.fit import RECALL, Fit, chart_of, fit
 from gguf_tools.profile import Profile, ProfiledFFN, fingerprint
@@ -389,20 +390,28 @@ def fitted_to(
     profile in `beside`.profile that is removed when all is well, and found again by the next try when not. Raises
     what `calibrate` and `fit` raise.
     """
-    temporary = None
+    temporary, seconds, started = None, {}, time.monotonic()
     if profile is None:
         temporary = Path(f"{os.fspath(beside)}.profile")
-        if texts is None and not _is_synthetic(model):
+        if texts is None and not is_synthetic(model):
             from powerinfer_ext.models import calibration_text
 
             texts = [calibration_text()]
+        if predict:
+            _refuse_unpredictable(model, activation)
         threads = threads or len(os.sched_getaffinity(0))
-        profile = calibrate(
-            model, texts, temporary, activation=activation, threads=threads, progress=progress
-        ).folder
+        try:
+            profile = calibrate(
+                model, texts, temporary, activation=activation, threads=threads, progress=progress
+            ).folder
+        except BaseException:
+            if temporary.is_dir() and not any(temporary.glob("chunk-*")):
+                shutil.rmtree(temporary)  # nothing that a next try could go on from
+            raise
+        seconds["read"] = time.monotonic() - started
     elif texts:
         raise ConversionError("--profile and --text are two ways to calibrate; give one of them")
-    opened = Profile.open(profile)
+    opened, started = Profile.open(profile), time.monotonic()
     result = fit(
         opened,
         model,
@@ -417,10 +426,21 @@ def fitted_to(
         chart_of(result.candidates, chart, f"{os.path.basename(model)}: predictors, recall {recall:g} asked for")
     if temporary is not None:
         shutil.rmtree(temporary)
-    return result
+    seconds["predictors made" if predict else "neurons ordered"] = time.monotonic() - started
+    return replace(result, seconds=seconds)
 
 
-def _is_synthetic(model: str) -> bool:
+def _refuse_unpredictable(model: str, activation: str | None) -> None:
+    """Before minutes are spent: raise ConversionError when there is no FFN that a predictor could be for."""
+    with GGUFFile.open(model) as file:
+        plan = plan_conversion(file, activation)
+        obstacles = {predict_obstacle(file, plan, ffn) for ffn in plan.ffns}
+    if None not in obstacles:
+        reasons = "; ".join(sorted(filter(None, obstacles)))
+        raise ConversionError(f"{model}: no layer can be predicted: {reasons}; convert it without --mode predict")
+
+
+def is_synthetic(model: str) -> bool:
     """Whether `powerinfer synth` wrote it: its weights are random, and text means nothing to it."""
     with GGUFFile.open(model) as file:
         return str(file.metadata.get("general.name", "")).endswith("(synthetic)")
@@ -468,10 +488,10 @@ def command(
 
     The result is a folder. An interrupted run goes on where it was when the command is given again.
     """
-    from powerinfer_ext.cli import _print_json, _progress, _resolve, _say, _silence_llama_cpp
+    from powerinfer_ext.cli import _kept, _print_json, _progress, _resolve, _say, _silence_llama_cpp
 
     _silence_llama_cpp()
-    with _progress(f"Calibrating {model}") as progress:
+    with _progress(f"Calibrating {model}") as progress, _kept(output):
         profile = calibrate(
             _resolve(model),
             text,

@@ -277,7 +277,7 @@ def convert(
 
     if threshold is None and (density is not None or max_ppl_increase is not None):
         raise PowerInferError("--density and --max-ppl-increase go with --threshold; add --threshold chess")
-    calibration, cost, notes = None, None, []
+    calibration, cost, notes, times = None, None, [], ""
     if _is_powerinfer(_resolve(source)):
         if profile is not None or text:
             raise PowerInferError(f"{source}: a PowerInfer model brings predictors; leave --profile and --text out")
@@ -287,7 +287,7 @@ def convert(
         if threshold is not None:
             raise PowerInferError("--threshold goes with neither --mode predict nor --profile; leave one of them out")
         _silence_llama_cpp()
-        with _progress("Calibrating") as progress:
+        with _progress("Calibrating") as progress, _kept(f"{target}.profile" if profile is None else profile):
             fitted = fitted_to(
                 _resolve(source),
                 profile=profile,
@@ -302,6 +302,7 @@ def convert(
                 progress=progress,
             )
         calibration, notes = fitted.calibration, fitted.notes
+        times = ", ".join(f"{what} in {seconds:.0f} s" for what, seconds in fitted.seconds.items())
     if threshold is not None:
         from powerinfer_ext.run import default_threads
         from powerinfer_ext.thresholds import find_thresholds
@@ -331,9 +332,11 @@ def convert(
     neurons = sum(layer.n_ff * (layer.n_expert or 1) for layer in report.layers)
     _say(
         f"{report.output}: {report.architecture}, {report.activation}, {neurons} neurons in "
-        f"{len(report.layers)} layers, {_megabytes(report.output_bytes)} "
+        f"{len(report.layers)} layers, mode {report.mode}, {_megabytes(report.output_bytes)} "
         f"(was {_megabytes(report.source_bytes)}), {report.seconds:.1f} s"
     )
+    if calibration is not None and calibration.tokens:
+        _say(f"{calibration.tokens} tokens of {calibration.text}: {times}")
     if report.requantised:
         worst = max(layer.relative_rms for layer in report.requantised)
         _say(
@@ -341,6 +344,11 @@ def convert(
             f"it moved by at most {worst:.2%} (root mean square)"
         )
     predicted = [layer for layer in report.layers if layer.predictor != "none"]
+    for layer in predicted:
+        figures = [] if layer.recall is None else [f"recall {layer.recall:.1%}", f"computes {layer.computed:.1%}"]
+        rank = [f"rank {layer.predictor_rank}"] if layer.predictor_rank else []
+        size = f"{layer.predictor_bytes / 1e3:.0f} kB"
+        _say(f"layer {layer.index}: {', '.join([f'{layer.predictor} predictor', *rank, size, *figures])}")
     if predicted and all(layer.recall is not None for layer in predicted):
         found, computed = (sum(getattr(x, k) for x in predicted) / len(predicted) for k in ("recall", "computed"))
         _say(
@@ -670,7 +678,23 @@ def _progress(title: str) -> Iterator[Callable[..., None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), percent, TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
         task = bars.add_task(title, total=None)
-        yield lambda done, total, what="": bars.update(task, completed=done, total=total)
+
+
+        def show(done: int, total: int, what: str = "") -> None:
+            bars.update(task, completed=done, total=total, description=f"{title}: {what}" if what else title)
+
+        yield show
+
+
+@contextlib.contextmanager
+def _kept(folder: str | Path) -> Iterator[None]:
+    """When what is done inside is interrupted, say that it can go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if Path(folder).is_dir():
+            _say(f"interrupted; what is done is kept in {folder}, and the same command goes on from there", err)
+        raise
 
 
 _kept_alive: list[Any] = []  # llama.cpp calls its log callback until the process ends

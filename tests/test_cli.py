@@ -216,7 +216,8 @@ def test_run(powerinfer: Command, folder: Path) -> None:
             [folder / "arcee.gguf"],
         )
     )
-    assert set(sparse) == {"text", "prompt_tokens", "tokens", "prefill_tps", "decode_tps", "density", "streaming"}
+    figures = {"prompt_tokens", "tokens", "prefill_tps", "decode_tps", "density", "streaming", "missed", "verified"}
+    assert set(sparse) == {"text", *figures}
     assert sparse["streaming"] is None and stock["streaming"] is None
     assert shown.out == sparse["text"] + "\n"
     assert sparse["text"] == dense["text"] == stock["text"]

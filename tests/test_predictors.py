@@ -156,10 +156,8 @@ def test_rotated_units_say_the_same_and_quantise_better(material: training.Mater
 
 
 def test_candidates_reach_the_recall_on_other_tokens(material: training.Material) -> None:
-    found = list(training.candidates(material, COSTS, 0.95, ranks=(32, 64), everything=True, effort=2e10))
-    assert {s.predictor.kind for s in found} == {"linear", "lowrank", "direct"}
     found = list(training.candidates(material, COSTS, 0.95, budget=0.3, effort=2e10))
-    assert {s.predictor.kind for s in found} == {"linear", "direct"}
+    assert {s.predictor.kind for s in found} == {"linear", "lowrank", "direct"}
     for scored in found:
         predictor = scored.predictor
         assert predictor.recall > 0.93, scored.name
