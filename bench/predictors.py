@@ -18,15 +18,17 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from statistics import NormalDist
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from llama_cpp._logger import set_verbose
 
-from gguf_tools import convert, order
+from gguf_tools import convert, order, synth
 from gguf_tools.fit import Fit, chart_of, fit
 from gguf_tools.profile import Profile
+from gguf_tools.training import threshold
 from powerinfer_ext.bench import about_machine
 from powerinfer_ext.calibrate import calibrate, is_synthetic
 from powerinfer_ext.evaluate import evaluate
@@ -142,6 +144,20 @@ def measure(path: str, name: str, folder: Path, recall: float, tokens: int, thre
     }
 
 
+def noise_bound(recall: float, density: float = synth.DEFAULT_DENSITY, skew: float = synth.DEFAULT_SKEW) -> float:
+    """Neurons computed, of those that fire, by whoever knows what topic and context give to the products of a
+    synthetic shape (`gguf_tools.synth`) exactly, and of the rest, which is noise of full rank, its deviation.
+
+    With s known, g = s + e fires above z; e is normal and alike for all neurons, so the most recall for the fewest
+    neurons is a threshold on s - z. By simulation, to about 1 %.
+    """
+    z = np.array([-NormalDist().inv_cdf(p) for p in synth.firing_probabilities(4096, density, skew)], np.float32)
+    rng, known = np.random.default_rng(0), sum(synth.SHARES[:2])
+    s, e = (rng.standard_normal((1024, len(z)), np.float32) * np.float32(v**0.5) for v in (known, 1 - known))
+    fired, scores = s + e > z, s - z
+    return float((scores >= threshold(scores, fired, recall)).mean() / fired.mean())
+
+
 def vocabulary(path: str) -> int:
     """Tokens that the model knows."""
     from gguf_tools import GGUFFile
@@ -155,9 +171,14 @@ def main(
     recall: Annotated[float, typer.Option(help="What predictors are asked to find.")] = 0.97,
     tokens: Annotated[int, typer.Option(help="Tokens to judge on.")] = 4096,
     chart: Annotated[bool, typer.Option(help="Try every predictor and draw recall against bytes.")] = False,
+    bound: Annotated[bool, typer.Option(help="Only say what bounds predictors of synthetic shapes.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
 ) -> None:
     """Measure, print a line per model, write JSON and charts."""
+    if bound:
+        for wanted in (0.95, 0.97):
+            print(f"recall {wanted}: {noise_bound(wanted):.2f} neurons computed for each that fires, at the least")
+        return
     set_verbose(False)  # llama.cpp's log
     known = {model.name: str(model.path) for model in bundled()}
     output.mkdir(parents=True, exist_ok=True)

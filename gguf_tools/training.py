@@ -85,8 +85,7 @@ class Material:
     def targets(self) -> np.ndarray:
         """float16 [tokens to train on, n_ff]: how clearly a neuron fires, from 0 to 1.
 
-        By the margin in its deviations, so that training does not labour at what rounding decides. On the bundled
-        models that spares as many neurons at the same recall as twice the epochs do.
+        By the margin in its deviations, so that training does not labour at what rounding decides.
         """
         targets = np.empty((len(self.train), self.n_ff), np.float16)
         deviations = [(self.x[_some(self)] @ w.T).std(axis=0) + 1e-12 for w in self._deciding]
