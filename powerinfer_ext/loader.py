@@ -212,8 +212,8 @@ class SparseModel:
     def set_verify(self, share: float) -> None:
         """Look again at that share of the evaluations of each predicted layer: what fires in truth, and was missed?
 
-        Each time all bundles of the layer are read and multiplied, by one thread: for a layer of Mistral 7B's size in
-        memory a few milliseconds, streamed as long as it takes to read it. 0 switches it off.
+        Each time all bundles of the layer are read and multiplied, by one thread: 8 ms of CPU time for a layer of
+        Mistral 7B's size in Q4_0 (Zen 4), and where neurons are streamed, reading it. 0 switches it off.
         """
         share = Options(verify=share).verify
         self._lib.pi_model_set_verify(self._handle, round(1 / share) if share else 0)
