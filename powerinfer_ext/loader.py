@@ -20,13 +20,14 @@ from typing import Any
 
 import llama_cpp
 import llama_cpp.llama_cpp as bindings
+import numpy as np
 
 from gguf_tools.reader import GGUFFile
 from gguf_tools.sparse import SparseLayer
 from gguf_tools.virtual import ModelFiles, virtual_header
 from powerinfer_ext import disk
 from powerinfer_ext.errors import PowerInferError
-from powerinfer_ext.placement import DEPTH, RUN, Context, Placement, place
+from powerinfer_ext.placement import DEPTH, RUN, TRANSIT, Context, Placement, place
 
 SUPPORTED_VERSIONS = ("0.3.36",)
 MODES = ("exact", "dense")
@@ -299,6 +300,10 @@ def _open_model(
     for spec, bundles in zip(specs, placement.bundles, strict=False):
         _fill_spec(ffi, spec, bundles.layer, kept)
         spec.n_slots, spec.n_hot = bundles.slots, bundles.hot
+        frequency = bundles.layer.frequency if bundles.slots else None
+        if frequency is not None:
+            kept.append(ffi.from_buffer("float[]", np.ascontiguousarray(frequency, np.float32)))
+            spec.frequency = kept[-1]
     slabs = ffi.new("struct pi_slab_spec[]", len(placement.matrices) + 1)
     for spec, matrix in zip(slabs, placement.matrices, strict=False):
         kept.append(ffi.new("char[]", matrix.source.name.encode()))
@@ -311,6 +316,7 @@ def _open_model(
     flash.engine, flash.depth, flash.run = IO_ENGINES[options.io], DEPTH, RUN
     flash.gap = disk.gap(files.first.path) if placement.streams else 0
     flash.ahead = options.prefetch
+    flash.transit = TRANSIT if placement.bundles else 0
     return lib.pi_model_open(
         files.fds,
         len(files.fds),

@@ -30,6 +30,8 @@ TILE_BYTES = 1 << 18  # about what a unit of a dense matrix has: reads of this s
 DEPTH = 128  # reads in flight
 GAP = 16 << 10  # bytes cheaper to read through than to skip, where the device cannot be measured
 RUN = 64 << 10  # longest read of several neurons
+STAGING = 64  # buffers for such reads (MAX_STAGING in cpatch/store.c)
+TRANSIT = 6 << 20  # memory for neurons that are wanted once and not kept: about a token's misses in a layer
 STREAM_ROWS = 256  # rows computed together when bundles are streamed (cpatch/ffn.c)
 _LEAST_NEURONS = 64  # slots of a layer
 _HOT_SHARE = 0.25  # of a layer's neurons: PowerInfer (arXiv 2312.12456) finds 26 % to make 80 % of the firings
@@ -191,7 +193,7 @@ def choose_ubatch(model: ModelFiles, memory: int | str | None, context: Context)
         if not placement.streams:
             return best
         best = n if n < context.n_ubatch else None
-        buffers = placement.parts["compute"] + placement.parts["streaming"] - DEPTH * RUN
+        buffers = placement.parts["compute"] + placement.parts["streaming"] - STAGING * RUN - TRANSIT
         if buffers <= 0.1 * placement.slots_bytes:
             break
     return best
@@ -208,7 +210,7 @@ def _stream(
 ) -> Placement:
     sources = {tensor.name: tensor for tensor in model.tensors()}
     deciders = _decider_matrices(everything.bundles, sources)
-    staging = DEPTH * (RUN + 8192)
+    staging = STAGING * (RUN + 8192) + (TRANSIT if everything.bundles else 0)
     # cpatch/ffn.c: per row two accumulators, rounded activations, what is wanted and a list
     work = [
         (8 * b.layer.n_embd + 9 * b.layer.n_ff) * (STREAM_ROWS if b.layer.n_expert else min(STREAM_ROWS, context.rows))
