@@ -8,6 +8,7 @@ tensors that are ours, so that it reads everything else; beside that the C backe
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -38,6 +39,7 @@ _ACTIVATIONS = {"relu": 1, "relu2": 2, "drelu": 3, "silu": 4, "gelu": 5}
 _KINDS = {"experts": 0, "tiles": 1, "rows": 2, "router": 3}  # enum pi_slab_kind
 _PREDICTORS = {"lowrank": 1, "direct": 2, "linear": 3}  # enum pi_predictor
 _ERROR_SIZE = 512
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 _lock = threading.Lock()
 _native: tuple[Any, Any] | None = None
@@ -243,6 +245,8 @@ def load(
 def _load(files: ModelFiles, placement: Placement, params: Any, options: Options) -> tuple[int, SparseModel]:
     ffi, lib = native()
     message = ffi.new("char[]", _ERROR_SIZE)
+    if placement.streams:
+        _return_freed_memory()
 
     def check(ok: bool) -> None:
         if not ok:
@@ -289,6 +293,18 @@ def _load(files: ModelFiles, placement: Placement, params: Any, options: Options
             "verbose=True) to see why"
         )
     return pointer, SparseModel(files.path, [str(file.path) for file in files.files], placement, model)
+
+
+def _return_freed_memory() -> None:
+    """Have large blocks go back to the system when they are freed.
+
+    glibc raises the size from which blocks are mapped on their own whenever a mapped one is freed, and what llama.cpp
+    and Python free while loading then stays with the process: 15 MiB of a budget that has none to spare.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 18)
+        libc.malloc_trim(0)
 
 
 def _open_model(

@@ -367,15 +367,18 @@ def _fixed_parts(model: ModelFiles, context: Context) -> dict[str, int]:
     n_embd, n_head = number("embedding_length"), max(number("attention.head_count"), 1)
     head = number("attention.key_length", n_embd // n_head)
     values = number("attention.value_length", head)
-    n_ctx = context.n_ctx or number("context_length", 512)
+    n_ctx = -(-(context.n_ctx or number("context_length", 512)) // 256) * 256  # llama.cpp rounds up
     kv_values = number("block_count") * n_ctx * number("attention.head_count_kv", n_head) * (head + values)
     kv = int(kv_values * context.kv_bytes)
     rows = context.rows
-    n_ff = max(number("feed_forward_length"), number("expert_feed_forward_length") * number("expert_used_count"))
+    n_used = max(number("expert_used_count"), 1)
+    n_ff = max(number("feed_forward_length"), number("expert_feed_forward_length") * n_used)
     vocabulary = next((t.shape[1] for t in model.tensors() if t.name == "token_embd.weight"), 0)
     outputs = rows if context.logits_all else 1
-    # The widest moments of a layer: FFN (gate, up, and what flows past), attention (scores, q, k, v, output).
-    compute = 4 * rows * max(2 * n_ff + 5 * n_embd, n_head * n_ctx + 6 * n_embd) + 8 * outputs * vocabulary
+    # The widest moments of a layer: FFN (gate, up, their product, and what flows past, of every expert that is used),
+    # attention (scores, q, k, v, output).
+    ffn = 3 * n_ff + (4 + n_used) * n_embd
+    compute = 4 * rows * max(ffn, n_head * n_ctx + 7 * n_embd) + 8 * outputs * vocabulary
     streamable = {m.source.name for m in _stock_matrices(model.tensors())} if model.sparse is None else set()
     kept = sum(t.nbytes for t in model.tensors() if t.file >= 0 and t.name not in streamable)
     extra = 0
@@ -385,7 +388,7 @@ def _fixed_parts(model: ModelFiles, context: Context) -> dict[str, int]:
     process = resident_bytes() if context.process is None else context.process
     parts = {"process": process, "weights": kept, "KV cache": kv, "compute": compute, "predictors": extra}
     parts["vocabulary"] = _TOKEN_BYTES * vocabulary
-    parts["margin"] = (20 << 20) + (sum(parts.values()) >> 6)
+    parts["margin"] = (10 << 20) + (sum(parts.values()) >> 8)
     return parts
 
 
