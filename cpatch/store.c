@@ -584,7 +584,8 @@ bool store_pays(struct store *s) {
 int store_want(struct store *s, const int32_t *units, int n, bool ahead) {
     int i = 0;
     lock(s->flash);
-    for (int k = 0; k < n; k++) protect(s, s->slot_of[units[k]], ahead); /* none of them goes to make room for another */
+    /* None of them goes to make room for another, where transit memory takes what then finds no slot. */
+    for (int k = 0; k < n && s->n_transit > 0; k++) protect(s, s->slot_of[units[k]], ahead);
     while (i < n && want(s, (uint32_t)units[i], ahead)) i++;
     unlock(s->flash);
     return i;
