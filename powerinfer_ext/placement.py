@@ -388,7 +388,7 @@ def _fixed_parts(model: ModelFiles, context: Context) -> dict[str, int]:
     process = resident_bytes() if context.process is None else context.process
     parts = {"process": process, "weights": kept, "KV cache": kv, "compute": compute, "predictors": extra}
     parts["vocabulary"] = _TOKEN_BYTES * vocabulary
-    parts["margin"] = (10 << 20) + (sum(parts.values()) >> 8)
+    parts["margin"] = (4 << 20) + (sum(parts.values()) >> 8)
     return parts
 
 
