@@ -153,7 +153,8 @@ void store_sleep(struct store *store, uint32_t generation);
 static inline const uint8_t *store_unit(const struct store *store, uint32_t unit) {
     const int32_t slot = atomic_load_explicit(&store->slot_of[unit], memory_order_relaxed);
     const uint64_t offset = store->spec.offset + unit * store->spec.unit_size;
-    if ((uint32_t)slot >= store->spec.n_slots) return store->transit + (size_t)(slot - (int32_t)store->spec.n_slots) * store->slot_size;
+    if ((uint32_t)slot >= store->spec.n_slots)
+        return store->transit + ((size_t)slot - store->spec.n_slots) * store->slot_size;
     return store->slots + (size_t)slot * store->slot_size +
            (store->direct ? offset & (store->align - 1) : 0);
 }
