@@ -2,11 +2,10 @@
 
 Where a file says how often each neuron fires (`ffn_freq`, from a profile), a cache that holds the most frequent ones is
 what counts: no policy that does not know the future does better on requests that are independent of each other, and
-LFU comes near it. A predictor selects more than fires: what comes within a margin of firing, as it cannot tell that from
-what fires. That makes requests less concentrated than firings are, by as much as the share that it selects says.
-Elsewhere a curve measured on a trained model stands in (`powerinfer trace` of the bundled
-smallthinker-reglu-moe on its held-out text, LFU with ageing): other models have other curves, so the source is named
-with every figure made from it.
+LFU comes near it. A predictor selects more than fires: what comes within a margin of firing, as it cannot tell that
+from what fires. That makes requests less concentrated than firings are, by as much as the share that it selects says.
+Elsewhere a curve measured on a trained model stands in (`powerinfer trace` of the bundled smallthinker-reglu-moe on its
+held-out text, LFU with ageing): other models have other curves, so the source is named with every figure made from it.
 """
 
 from __future__ import annotations

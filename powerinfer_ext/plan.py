@@ -533,7 +533,7 @@ def _add_neurons(cost: _Cost, model: Model, bundle: Bundles, speeds: Speeds) -> 
     hit_rate = model.hit_rate(bundle.slots / bundle.units)
     cost.neurons += hit_rate * n_bytes / speeds.neurons
     missed = wanted * (1 - hit_rate)
-    # A mixture's misses are among the routed experts' neurons; the most frequent neurons, stored first, are not among them.
+    # A mixture's misses are among the routed experts' neurons; the most frequent ones, stored first, are not missed.
     within = (bundle.units - bundle.slots) * model.routed
     reads, read = runs(missed, within, bundle.unit_bytes, speeds.disk.gap if speeds.disk else GAP)
     _add_reads(cost, speeds, n_bytes, missed * bundle.unit_bytes, reads, read)
