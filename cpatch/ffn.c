@@ -480,16 +480,16 @@ static void list_units(struct work *w) {
     }
 }
 
-/* How far from unit `from` of the list on a wave of the given number of slots reaches; pinned units need none. */
-static int64_t wave_end(const struct work *w, int64_t from, int64_t slots) {
+/* How far from unit `from` of the list on a wave reaches for which there is so much room in the store. */
+static int64_t wave_end(const struct work *w, int64_t from, int64_t room) {
     int64_t end = from;
-    while (end < w->n_units && slots > 0) slots -= (uint32_t)w->units[end++] >= w->store->spec.n_pinned;
+    while (end < w->n_units && room > 0) room -= store_takes_room(w->store, (uint32_t)w->units[end++]);
     return end;
 }
 
 /* Thread 0 only. Wants the units of the next wave, and of the one after it as far as there is room. */
 static void begin_wave(struct work *w, int64_t from) {
-    const int64_t room = (int64_t)w->store->spec.n_slots - w->store->spec.n_pinned;
+    const int64_t room = store_room(w->store);
     int64_t end = wave_end(w, from, room), got = from;
     w->one_wave = from == 0 && end == w->n_units;
     if (!w->one_wave) end = wave_end(w, from, room > 1 ? room / 2 : 1); /* the other half is for reading ahead */

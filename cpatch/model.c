@@ -275,7 +275,9 @@ static int bundle_memory(struct pi_layer *layer, int64_t total, char *err, size_
                                          .n_units = (uint32_t)(spec->n_ff * experts_of(spec)),
                                          .n_slots = (uint32_t)spec->n_slots,
                                          .n_pinned = (uint32_t)spec->n_hot,
-                                         .policy = layer->model->policy};
+                                         .policy = layer->model->policy,
+                                         .transit = true,
+                                         .frequency = spec->frequency};
         char why[128];
         layer->store = store_open(layer->model->flash, &store, why, sizeof why);
         if (layer->store == NULL) snprintf(err, err_len, "layer %d: %s", spec->index, why);
@@ -310,7 +312,9 @@ static int layer_init(struct pi_layer *layer, struct pi_model *model, const stru
     set_name(&layer->up, PI_ROLE_UP, layer, layer->up_name, &layer->spec.up_name);
     set_name(&layer->down, PI_ROLE_DOWN, layer, layer->down_name, &layer->spec.down_name);
     if (spec->order != NULL && copy_order(layer, spec->order, err, err_len) != 0) return -1;
-    return bundle_memory(layer, total, err, err_len);
+    const int result = bundle_memory(layer, total, err, err_len);
+    layer->spec.frequency = NULL; /* the caller's memory too */
+    return result;
 }
 
 /* Fills *array, which may have been filled before, with size bytes of the file at offset. -1 with a sentence. */
@@ -402,9 +406,10 @@ static struct flash *open_flash(const int *fds, int n_files, const struct pi_fla
     const struct flash_options options = {.engine = (enum io_engine)spec->engine,
                                           .depth = spec->depth,
                                           .gap = spec->gap < 0 ? 0 : (size_t)spec->gap,
-                                          .run = spec->run < 0 ? 0 : (size_t)spec->run};
+                                          .run = spec->run < 0 ? 0 : (size_t)spec->run,
+                                          .transit = spec->transit < 0 ? 0 : (size_t)spec->transit};
     if (spec->engine < IO_AUTO || spec->engine > IO_THREADS || spec->depth < 0 || spec->depth > 4096 ||
-        spec->run > 64 << 20 || spec->policy < STORE_LFU || spec->policy > STORE_LRU) {
+        spec->run > 64 << 20 || spec->transit > 1 << 30 || spec->policy < STORE_LFU || spec->policy > STORE_LRU) {
         snprintf(err, err_len, "bad settings for reading from flash");
         return NULL;
     }

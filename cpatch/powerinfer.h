@@ -56,6 +56,8 @@ struct pi_layer_spec {
                                  this much. 0: none */
     int64_t n_slots;       /* neurons of this layer that may be in memory; 0: all of them, read when loading */
     int64_t n_hot;         /* of these, the first n_hot never leave it */
+    const float *frequency; /* [max(n_expert, 1)][n_ff] share of the tokens that a stored neuron fires for, or NULL; used
+                               while opening */
 };
 
 enum pi_slab_kind {
@@ -88,6 +90,7 @@ struct pi_flash_spec {
     int depth;    /* reads in flight; 0: default */
     int64_t gap;  /* bytes that are read through rather than skipped between two wanted neurons */
     int64_t run;  /* longest read of several neurons */
+    int64_t transit; /* bytes of memory for neurons that are wanted once and not kept */
     int policy;   /* enum store_policy */
     bool ahead;   /* read what a router or a node of the same layer says will be wanted soon */
 };

@@ -19,6 +19,7 @@ enum {
     MAX_PENDING = 4096,  /* reads queued or in flight */
     MAX_BATCH = 64,      /* reads handed to the io, and completions taken from it, at once */
     DEFAULT_DEPTH = 128,
+    MAX_STAGING = 64,    /* small reads in flight: devices that do single reads at full rate need no more */
     SAMPLES = 12,        /* slots that are compared to find one to evict */
     AGE_ROUNDS = 64      /* uses are halved so often: the half-life of the LFU policy, in tokens */
 };
@@ -43,6 +44,8 @@ struct flash {
     uint8_t *staging;
     size_t staging_size; /* of one buffer */
     int *free_staging, n_free_staging, n_staging;
+    uint8_t *transit;
+    struct store *transit_owner; /* whose units are in transit memory; NULL: nobody's */
     int error, error_file;
     uint64_t error_offset;
     atomic_bool stale;
@@ -123,10 +126,11 @@ static void *io_memory(size_t size) {
 static bool flash_memory(struct flash *f) {
     const size_t align = io_align(f->io);
     f->staging_size = (f->options.run + 2 * align + 4095) & ~(size_t)4095;
-    f->n_staging = f->options.depth;
+    f->n_staging = f->options.depth < MAX_STAGING ? f->options.depth : MAX_STAGING;
     f->staging = io_memory(f->staging_size * (size_t)f->n_staging);
     f->free_staging = calloc((size_t)f->n_staging, sizeof *f->free_staging);
-    if (f->staging == NULL || f->free_staging == NULL) return false;
+    if (f->options.transit > 0) f->transit = io_memory(f->options.transit);
+    if (f->staging == NULL || f->free_staging == NULL || (f->options.transit > 0 && f->transit == NULL)) return false;
     for (int i = 0; i < f->n_staging; i++) f->free_staging[f->n_free_staging++] = i;
     for (int i = 0; i < MAX_PENDING; i++) f->free_pending[f->n_free_pending++] = MAX_PENDING - 1 - i;
     return true;
@@ -171,6 +175,7 @@ void flash_close(struct flash *f) {
     if (f == NULL) return;
     io_close(f->io);
     if (f->staging != NULL) munmap(f->staging, f->staging_size * (size_t)f->n_staging);
+    if (f->transit != NULL) munmap(f->transit, f->options.transit);
     for (int i = 0; i < f->n_files; i++) close(f->fds[i]);
     free(f->fds);
     free(f->stats);
@@ -222,12 +227,22 @@ static void pump(struct flash *f) {
     }
 }
 
+/* Where a slot begins. */
+static uint8_t *slot_at(const struct store *s, int32_t slot) {
+    const int32_t n = (int32_t)s->spec.n_slots;
+    return slot < n ? s->slots + (size_t)slot * s->slot_size : s->transit + (size_t)(slot - n) * s->slot_size;
+}
+
 static void drop_slot(struct store *s, int32_t slot) {
     atomic_store_explicit(&s->slot_of[s->unit_of[slot]], -1, memory_order_relaxed);
     s->unit_of[slot] = -1;
     s->ahead[slot] = 0;
-    s->n_empty++;
-    if ((uint32_t)slot < s->cursor) s->cursor = (uint32_t)slot;
+    if ((uint32_t)slot >= s->spec.n_slots) {
+        s->round_of[slot] = s->round - 1; /* nobody needs it */
+    } else {
+        s->n_empty++;
+        if ((uint32_t)slot < s->cursor) s->cursor = (uint32_t)slot;
+    }
     atomic_store_explicit(&s->state[slot], STORE_EMPTY, memory_order_release);
 }
 
@@ -269,8 +284,7 @@ static void complete(struct flash *f, const struct io_done *done) {
             continue;
         }
         if (from != NULL) {
-            memcpy(s->slots + (size_t)slot * s->slot_size, from + (size_t)(u - p->first) * s->spec.unit_size,
-                   s->spec.unit_size);
+            memcpy(slot_at(s, slot), from + (size_t)(u - p->first) * s->spec.unit_size, s->spec.unit_size);
         }
         atomic_store_explicit(&s->state[slot], STORE_READY, memory_order_release);
     }
@@ -358,19 +372,31 @@ struct store *store_open(struct flash *f, const struct store_spec *spec, char *e
         store_close(s);
         return NULL;
     }
+    if (spec->transit && !s->direct && spec->n_slots < spec->n_units) {
+        const uint64_t fit = f->options.transit / s->slot_size;
+        s->n_transit = (uint32_t)(fit < spec->n_units ? fit : spec->n_units);
+        s->transit = f->transit;
+    }
+    const size_t n_slots = (size_t)spec->n_slots + s->n_transit;
     s->slots_size = s->slot_size * spec->n_slots;
     s->slots = io_memory(s->slots_size);
     s->slot_of = malloc(spec->n_units * sizeof *s->slot_of);
     s->uses = calloc(spec->n_units, sizeof *s->uses);
-    s->unit_of = malloc(spec->n_slots * sizeof *s->unit_of);
-    s->state = calloc(spec->n_slots, sizeof *s->state);
-    s->ahead = calloc(spec->n_slots, sizeof *s->ahead);
-    s->round_of = calloc(spec->n_slots, sizeof *s->round_of);
+    s->unit_of = malloc(n_slots * sizeof *s->unit_of);
+    s->state = calloc(n_slots, sizeof *s->state);
+    s->ahead = calloc(n_slots, sizeof *s->ahead);
+    s->round_of = calloc(n_slots, sizeof *s->round_of);
     if (s->slots == NULL || s->slot_of == NULL || s->uses == NULL || s->unit_of == NULL || s->state == NULL ||
         s->ahead == NULL || s->round_of == NULL)
         goto no_memory;
     for (uint32_t u = 0; u < spec->n_units; u++) atomic_init(&s->slot_of[u], -1);
-    for (uint32_t i = 0; i < spec->n_slots; i++) s->unit_of[i] = -1;
+    for (size_t i = 0; i < n_slots; i++) s->unit_of[i] = -1;
+    /* As if this frequency had been counted for long: between AGE_ROUNDS and twice that, halved in turn. */
+    for (uint32_t u = 0; u < spec->n_units && spec->frequency != NULL; u++) {
+        const float share = spec->frequency[u];
+        s->uses[u] = share > 0 ? (uint16_t)((share < 1 ? share : 1) * 1.5f * AGE_ROUNDS) : 0;
+    }
+    s->spec.frequency = NULL; /* the caller's memory */
     s->round = 2; /* so that slots never used are older than every round */
     return s;
 no_memory:
@@ -381,6 +407,7 @@ no_memory:
 
 void store_close(struct store *s) {
     if (s == NULL) return;
+    if (s->flash->transit_owner == s) s->flash->transit_owner = NULL;
     if (s->slots != NULL) munmap(s->slots, s->slots_size);
     free(s->slot_of);
     free(s->uses);
@@ -417,9 +444,40 @@ static bool worth_less(const struct store *s, uint32_t a, uint32_t b) {
     return uses_a != uses_b ? uses_a < uses_b : age_a > age_b;
 }
 
+static void count_if_wasted(struct store *s, int32_t slot) {
+    s->counters.wasted += s->ahead[slot];
+    s->recent_wasted += s->ahead[slot];
+    s->ahead[slot] = 0;
+}
+
+/* A slot of transit memory, emptied; -1: all are needed. */
+static int32_t take_transit(struct store *s) {
+    struct store *owner = s->flash->transit_owner;
+    const int32_t n = (int32_t)s->n_transit, first = (int32_t)s->spec.n_slots;
+    if (owner != s && owner != NULL) { /* its round is over */
+        for (uint32_t slot = owner->spec.n_slots; slot < owner->spec.n_slots + owner->n_transit; slot++) {
+            if (owner->unit_of[slot] < 0) continue;
+            count_if_wasted(owner, (int32_t)slot);
+            drop_slot(owner, (int32_t)slot); /* also what is on its way: its read finds nobody to serve */
+        }
+    }
+    s->flash->transit_owner = s;
+    for (int32_t i = 0; i < n; i++) {
+        const int32_t slot = first + (int32_t)((s->transit_next + (uint32_t)i) % s->n_transit);
+        if (s->unit_of[slot] >= 0 && protected_slot(s, (uint32_t)slot)) continue;
+        if (s->unit_of[slot] >= 0) {
+            count_if_wasted(s, slot);
+            drop_slot(s, slot);
+        }
+        s->transit_next = (uint32_t)(slot - first) + 1;
+        return slot;
+    }
+    return -1;
+}
+
 /* A slot to put a unit in, emptied; -1: all are needed. The policy holds among a random sample, which is nearly as good
  * as among all and costs the same whatever the size. */
-static int32_t take_slot(struct store *s) {
+static int32_t take_slot(struct store *s, uint32_t unit) {
     if (s->n_empty > 0) {
         while (s->state[s->cursor] != STORE_EMPTY) s->cursor++;
         s->n_empty--;
@@ -433,14 +491,16 @@ static int32_t take_slot(struct store *s) {
         start = s->spec.n_pinned + (uint32_t)(s->random % n);
         if (evictable(s, start) && (best < 0 || worth_less(s, start, (uint32_t)best))) best = start;
     }
+    if (s->n_transit > 0 && (best < 0 || (s->spec.policy == STORE_LFU && s->uses[unit] <= s->uses[s->unit_of[best]]))) {
+        const int32_t slot = take_transit(s);
+        if (slot >= 0) return slot;
+    }
     for (uint32_t i = 0; i < n && best < 0; i++) {
         const uint32_t slot = s->spec.n_pinned + (start - s->spec.n_pinned + i) % n;
         if (evictable(s, slot)) best = slot;
     }
     if (best < 0) return -1;
-    s->counters.wasted += s->ahead[best];
-    s->recent_wasted += s->ahead[best];
-    s->ahead[best] = 0;
+    count_if_wasted(s, (int32_t)best);
     atomic_store_explicit(&s->slot_of[s->unit_of[best]], -1, memory_order_relaxed);
     s->unit_of[best] = -1;
     return (int32_t)best;
@@ -468,7 +528,7 @@ static bool want_missing(struct store *s, uint32_t unit, bool ahead) {
     const bool joins = joins_run(s, unit);
     /* The open run needs one read, and this unit perhaps another. */
     if (!joins && f->n_free_pending < 1 + s->run_open) return false;
-    const int32_t slot = take_slot(s);
+    const int32_t slot = take_slot(s, unit);
     if (slot < 0) return false;
     s->unit_of[slot] = (int32_t)unit;
     s->round_of[slot] = s->round + ahead;
@@ -486,12 +546,17 @@ static bool want_missing(struct store *s, uint32_t unit, bool ahead) {
     return true;
 }
 
+/* What is in the slot is needed in this round, or in the next. */
+static void protect(struct store *s, int32_t slot, bool ahead) {
+    if (slot >= 0 && (ahead || s->round_of[slot] != s->round + 1)) s->round_of[slot] = s->round + ahead;
+}
+
 static bool want(struct store *s, uint32_t unit, bool ahead) {
     const int32_t slot = s->slot_of[unit];
     if (slot < 0) {
         if (!want_missing(s, unit, ahead)) return false;
     } else {
-        if (ahead || s->round_of[slot] != s->round + 1) s->round_of[slot] = s->round + ahead;
+        protect(s, slot, ahead);
         if (!ahead && s->ahead[slot]) {
             s->counters.useful++;
             s->recent_useful++;
@@ -519,6 +584,8 @@ bool store_pays(struct store *s) {
 int store_want(struct store *s, const int32_t *units, int n, bool ahead) {
     int i = 0;
     lock(s->flash);
+    /* None of them goes to make room for another, where transit memory takes what then finds no slot. */
+    for (int k = 0; k < n && s->n_transit > 0; k++) protect(s, s->slot_of[units[k]], ahead);
     while (i < n && want(s, (uint32_t)units[i], ahead)) i++;
     unlock(s->flash);
     return i;
@@ -587,7 +654,6 @@ int store_fill(struct store *s) {
     for (uint32_t u = 0; u < n; u++) {
         if (store_wait(s, u) != 0) return -1;
     }
-    memset(s->uses, 0, s->spec.n_units * sizeof *s->uses);
     store_reset_counters(s);
     store_begin(s);
     store_begin(s);

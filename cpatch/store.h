@@ -5,7 +5,9 @@
  * it is wanted. The first n_pinned units (files are stored hot-first) never leave their slots: PowerInfer-2's segmented
  * cache, arXiv 2406.06282. The others compete under a policy.
  *
- * A flash is what the stores of one model share: the io, the queue of reads, staging memory, one lock.
+ * A flash is what the stores of one model share: the io, the queue of reads, staging memory, one lock, and transit memory:
+ * slots for units that are not worth giving up another for (they were wanted less often than what would have to go). They
+ * are there for the round that wants them. One store has all of the transit memory at a time, the last that needed it.
  *
  * Small units are read in runs: neighbours, and gaps that are cheaper to read through than to skip, become one read
  * into staging memory, from which units are copied to their slots. Large units are read straight into their slots.
@@ -28,6 +30,7 @@ struct flash_options {
     int depth;       /* reads in flight; 0: default */
     size_t gap;      /* bytes of unwanted units that are read through rather than skipped */
     size_t run;      /* longest read of several units, in bytes; larger units are read on their own */
+    size_t transit;  /* bytes of transit memory; 0: none */
 };
 
 /* NULL with a sentence in err. The fds are reopened, the caller's stay his. */
@@ -61,6 +64,8 @@ struct store_spec {
     uint32_t n_slots;   /* at least 1, at most n_units */
     uint32_t n_pinned;  /* at most n_slots - 1, unless everything has a slot */
     enum store_policy policy;
+    bool transit;       /* units may pass through transit memory; they are not read straight into slots then */
+    const float *frequency; /* [n_units] share of the rounds that want a unit, if that is known before any; else NULL */
 };
 
 enum { STORE_EMPTY = 0, STORE_LOADING = 1, STORE_READY = 2 };
@@ -78,13 +83,14 @@ struct store {
     size_t slot_size;
     uint32_t align;         /* io_align() of the flash */
     bool direct;            /* units are read straight into slots, at offset % align */
-    uint8_t *slots;
+    uint8_t *slots, *transit;
     size_t slots_size;
+    uint32_t n_transit, transit_next; /* slots n_slots and up are in transit memory; which to look at first for a free one */
     _Atomic int32_t *slot_of;     /* [n_units] -1: in no slot */
-    int32_t *unit_of;             /* [n_slots] */
-    _Atomic uint8_t *state;       /* [n_slots] */
-    uint8_t *ahead;               /* [n_slots] prefetched and not used yet */
-    uint32_t *round_of;           /* [n_slots] the last round that wanted the slot's unit */
+    int32_t *unit_of;             /* [n_slots + n_transit] */
+    _Atomic uint8_t *state;       /* [n_slots + n_transit] */
+    uint8_t *ahead;               /* [n_slots + n_transit] prefetched and not used yet */
+    uint32_t *round_of;           /* [n_slots + n_transit] the last round that wanted the slot's unit */
     uint16_t *uses;               /* [n_units] how often, halved now and then */
     uint32_t round, n_empty, cursor; /* cursor: no slot before it is empty */
     uint64_t random;
@@ -106,6 +112,17 @@ void store_reset_counters(struct store *store);
 int store_fill(struct store *store);
 
 void store_begin(struct store *store);
+
+/* How many units can be wanted in a round for certain, of those that store_takes_room(). Some more may find a slot. */
+static inline uint32_t store_room(const struct store *store) {
+    return store->n_transit > 0 ? store->n_transit : store->spec.n_slots - store->spec.n_pinned;
+}
+
+static inline bool store_takes_room(const struct store *store, uint32_t unit) {
+    if (store->n_transit == 0) return unit >= store->spec.n_pinned;
+    const int32_t slot = atomic_load_explicit(&store->slot_of[unit], memory_order_relaxed);
+    return slot < 0 || (uint32_t)slot >= store->spec.n_slots;
+}
 
 /* Wants units in this round; ascending order makes runs. Returns how many could be had: fewer than n when no slot is to
  * be had before others of this round are released, or when too many reads wait already (progress, and try again).
@@ -136,6 +153,8 @@ void store_sleep(struct store *store, uint32_t generation);
 static inline const uint8_t *store_unit(const struct store *store, uint32_t unit) {
     const int32_t slot = atomic_load_explicit(&store->slot_of[unit], memory_order_relaxed);
     const uint64_t offset = store->spec.offset + unit * store->spec.unit_size;
+    if ((uint32_t)slot >= store->spec.n_slots)
+        return store->transit + ((size_t)slot - store->spec.n_slots) * store->slot_size;
     return store->slots + (size_t)slot * store->slot_size +
            (store->direct ? offset & (store->align - 1) : 0);
 }

@@ -18,7 +18,7 @@ from typing import Any
 from powerinfer_ext.placement import DEPTH, GAP, RUN
 
 SECONDS = 0.2  # that measuring takes, about
-_VALID = 30 * 24 * 3600.0  # seconds after which a device is measured anew
+_VALID = 24 * 3600.0  # seconds after which a device is measured anew: a virtual one changes from hour to hour
 _SMALLEST = 4 << 20  # a smaller file says little about its device
 
 _measured: dict[str, DiskCost] = {}  # of this process, by device

@@ -8,6 +8,7 @@ tensors that are ours, so that it reads everything else; beside that the C backe
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -20,13 +21,14 @@ from typing import Any
 
 import llama_cpp
 import llama_cpp.llama_cpp as bindings
+import numpy as np
 
 from gguf_tools.reader import GGUFFile
 from gguf_tools.sparse import SparseLayer
 from gguf_tools.virtual import ModelFiles, virtual_header
 from powerinfer_ext import disk
 from powerinfer_ext.errors import PowerInferError
-from powerinfer_ext.placement import DEPTH, RUN, Context, Placement, place
+from powerinfer_ext.placement import DEPTH, RUN, TRANSIT, Context, Placement, place
 
 SUPPORTED_VERSIONS = ("0.3.36",)
 MODES = ("exact", "dense")
@@ -41,6 +43,7 @@ _COUNTERS = (
     *("verified", "true_fired", "missed"),
 )  # of struct pi_layer_stats
 _ERROR_SIZE = 512
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 _lock = threading.Lock()
 _native: tuple[Any, Any] | None = None
@@ -267,6 +270,8 @@ def load(
 def _load(files: ModelFiles, placement: Placement, params: Any, options: Options) -> tuple[int, SparseModel]:
     ffi, lib = native()
     message = ffi.new("char[]", _ERROR_SIZE)
+    if placement.streams:
+        _return_freed_memory()
 
     def check(ok: bool) -> None:
         if not ok:
@@ -317,6 +322,18 @@ def _load(files: ModelFiles, placement: Placement, params: Any, options: Options
     return pointer, sparse
 
 
+def _return_freed_memory() -> None:
+    """Have large blocks go back to the system when they are freed.
+
+    glibc raises the size from which blocks are mapped on their own whenever a mapped one is freed, and what llama.cpp
+    and Python free while loading then stays with the process: 15 MiB of a budget that has none to spare.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 18)
+        libc.malloc_trim(0)
+
+
 def _open_model(
     ffi: Any, lib: Any, files: ModelFiles, placement: Placement, options: Options, message: Any
 ) -> Any:
@@ -326,6 +343,10 @@ def _open_model(
     for spec, bundles in zip(specs, placement.bundles, strict=False):
         _fill_spec(ffi, spec, bundles.layer, kept)
         spec.n_slots, spec.n_hot = bundles.slots, bundles.hot
+        frequency = bundles.layer.frequency if bundles.slots else None
+        if frequency is not None:
+            kept.append(ffi.from_buffer("float[]", np.ascontiguousarray(frequency, np.float32)))
+            spec.frequency = kept[-1]
     slabs = ffi.new("struct pi_slab_spec[]", len(placement.matrices) + 1)
     for spec, matrix in zip(slabs, placement.matrices, strict=False):
         kept.append(ffi.new("char[]", matrix.source.name.encode()))
@@ -338,6 +359,7 @@ def _open_model(
     flash.engine, flash.depth, flash.run = IO_ENGINES[options.io], DEPTH, RUN
     flash.gap = disk.gap(files.first.path) if placement.streams else 0
     flash.ahead = options.prefetch
+    flash.transit = TRANSIT if placement.bundles else 0
     return lib.pi_model_open(
         files.fds,
         len(files.fds),

@@ -30,6 +30,8 @@ TILE_BYTES = 1 << 18  # about what a unit of a dense matrix has: reads of this s
 DEPTH = 128  # reads in flight
 GAP = 16 << 10  # bytes cheaper to read through than to skip, where the device cannot be measured
 RUN = 64 << 10  # longest read of several neurons
+STAGING = 64  # buffers for such reads (MAX_STAGING in cpatch/store.c)
+TRANSIT = 7 << 20  # memory for neurons that are wanted once and not kept: about what a token misses in a layer
 STREAM_ROWS = 256  # rows computed together when bundles are streamed (cpatch/ffn.c)
 _LEAST_NEURONS = 64  # slots of a layer
 _HOT_SHARE = 0.25  # of a layer's neurons: PowerInfer (arXiv 2312.12456) finds 26 % to make 80 % of the firings
@@ -191,7 +193,7 @@ def choose_ubatch(model: ModelFiles, memory: int | str | None, context: Context)
         if not placement.streams:
             return best
         best = n if n < context.n_ubatch else None
-        buffers = placement.parts["compute"] + placement.parts["streaming"] - DEPTH * RUN
+        buffers = placement.parts["compute"] + placement.parts["streaming"] - STAGING * RUN - TRANSIT
         if buffers <= 0.1 * placement.slots_bytes:
             break
     return best
@@ -208,7 +210,7 @@ def _stream(
 ) -> Placement:
     sources = {tensor.name: tensor for tensor in model.tensors()}
     deciders = _decider_matrices(everything.bundles, sources)
-    staging = DEPTH * (RUN + 8192)
+    staging = STAGING * (RUN + 8192) + (TRANSIT if everything.bundles else 0)
     # cpatch/ffn.c: per row two accumulators, rounded activations, what is wanted and a list
     work = [
         (8 * b.layer.n_embd + 9 * b.layer.n_ff) * (STREAM_ROWS if b.layer.n_expert else min(STREAM_ROWS, context.rows))
@@ -365,15 +367,18 @@ def _fixed_parts(model: ModelFiles, context: Context) -> dict[str, int]:
     n_embd, n_head = number("embedding_length"), max(number("attention.head_count"), 1)
     head = number("attention.key_length", n_embd // n_head)
     values = number("attention.value_length", head)
-    n_ctx = context.n_ctx or number("context_length", 512)
+    n_ctx = -(-(context.n_ctx or number("context_length", 512)) // 256) * 256  # llama.cpp rounds up
     kv_values = number("block_count") * n_ctx * number("attention.head_count_kv", n_head) * (head + values)
     kv = int(kv_values * context.kv_bytes)
     rows = context.rows
-    n_ff = max(number("feed_forward_length"), number("expert_feed_forward_length") * number("expert_used_count"))
+    n_used = max(number("expert_used_count"), 1)
+    n_ff = max(number("feed_forward_length"), number("expert_feed_forward_length") * n_used)
     vocabulary = next((t.shape[1] for t in model.tensors() if t.name == "token_embd.weight"), 0)
     outputs = rows if context.logits_all else 1
-    # The widest moments of a layer: FFN (gate, up, and what flows past), attention (scores, q, k, v, output).
-    compute = 4 * rows * max(2 * n_ff + 5 * n_embd, n_head * n_ctx + 6 * n_embd) + 8 * outputs * vocabulary
+    # The widest moments of a layer: FFN (gate, up, their product, and what flows past, of every expert that is used),
+    # attention (scores, q, k, v, output).
+    ffn = 3 * n_ff + (4 + n_used) * n_embd
+    compute = 4 * rows * max(ffn, n_head * n_ctx + 7 * n_embd) + 8 * outputs * vocabulary
     streamable = {m.source.name for m in _stock_matrices(model.tensors())} if model.sparse is None else set()
     kept = sum(t.nbytes for t in model.tensors() if t.file >= 0 and t.name not in streamable)
     extra = 0
@@ -383,7 +388,7 @@ def _fixed_parts(model: ModelFiles, context: Context) -> dict[str, int]:
     process = resident_bytes() if context.process is None else context.process
     parts = {"process": process, "weights": kept, "KV cache": kv, "compute": compute, "predictors": extra}
     parts["vocabulary"] = _TOKEN_BYTES * vocabulary
-    parts["margin"] = (20 << 20) + (sum(parts.values()) >> 6)
+    parts["margin"] = (4 << 20) + (sum(parts.values()) >> 8)
     return parts
 
 

@@ -8,7 +8,8 @@ The cost of a decoded token is predicted from what it touches and what it misses
     disk      reads x latency + missing bytes / bandwidth (`disk.DiskCost`, measured once per device), and a round trip
               for every layer that has to wait. Missing is what is asked for and not in a cache of the slots that
               `placement` would give out (`hits`)
-    token     the slower of the two and a part of the other: `_OVERLAP`, which is 1 where all of it overlaps
+    token     the slower of the two and a part of the other: reading hides the computing of the neurons that are there
+              already, of experts and tiles `_OVERLAP`
 
 `powerinfer bench --memory` stores the prediction beside what it measures (`plan` in its JSON).
 """
@@ -49,6 +50,7 @@ from powerinfer_ext.placement import (
     Context,
     Matrix,
     Placement,
+    choose_ubatch,
     parse_memory,
     place,
 )
@@ -56,7 +58,7 @@ from powerinfer_ext.placement import (
 DENSITY = 0.1  # of a sparse model whose file does not say how often its neurons fire
 # Measured on two Zen 4 cores (bench/results): what the model above does not derive.
 _BLOCK = 0.6e-3  # seconds that a block takes besides its matrices: attention, norms, waiting for the slowest thread
-_OVERLAP = {"neurons": 0.5, "experts": 0.6, "tiles": 0.5}  # share of reading or computing that the other one hides
+_OVERLAP = {"experts": 0.6, "tiles": 0.5}  # share of reading or computing that the other one hides
 _MMAP_SHARE = 0.3  # of the disk's bandwidth that page faults with a read-ahead of 128 KiB reach
 _WHOLE = 128 << 20  # bytes that speeds are measured on, at least
 _I8 = 24
@@ -167,11 +169,13 @@ def _models(name: str, files: Any, density: float | None, activation: str | None
         known = [layer.frequency for layer in files.sparse.layers if layer.frequency is not None]
         if density is not None:
             share, source = density, "given"
+        elif (selected := hits.computed(files.sparse.layers)) is not None:
+            share, source = selected, "the file's predictors"
         elif known:
             share, source = float(np.mean([layer.mean() for layer in known])), hits.FREQUENCIES
         else:
             share, source = DENSITY, "assumed: the file has no profile"
-        return [Model(name, files, share, source, hits.of_neurons(known))]
+        return [Model(name, files, share, source, hits.of_neurons(known, share))]
     mixture = any(EXPERTS.fullmatch(tensor.name) for tensor in files.tensors())
     whole = Model(name, files, 1.0, "all are computed", hits.of_experts() if mixture else hits.dense())
     if activation not in ("relu", "relu2", "drelu"):
@@ -455,6 +459,7 @@ class _Cost:
     """What a token costs, added up over the layers."""
 
     compute: float = 0.0
+    neurons: float = 0.0  # of compute, what the neurons of streamed layers take that are in memory
     disk: float = 0.0
     touched: float = 0.0
     missing: float = 0.0
@@ -493,7 +498,8 @@ def predict(model: Model, placement: Placement, speeds: Speeds) -> Row:
     if waits and speeds.disk is not None:
         cost.disk += len(waits) * speeds.disk.round_trip
         kinds = list(waits.values())
-        overlap = sum(_OVERLAP[kind] for kind in kinds) / len(kinds)
+        shares = {**_OVERLAP, "neurons": cost.neurons / cost.compute}
+        overlap = sum(shares[kind] for kind in kinds) / len(kinds)
     seconds = max(cost.compute, cost.disk) + (1 - overlap) * min(cost.compute, cost.disk)
     return Row(
         name,
@@ -524,8 +530,11 @@ def _add_neurons(cost: _Cost, model: Model, bundle: Bundles, speeds: Speeds) -> 
     cost.compute += n_bytes / speeds.neurons
     if bundle.slots == 0 or bundle.slots >= bundle.units:
         return
-    missed = wanted * (1 - model.hit_rate(bundle.slots / bundle.units))
-    within = bundle.units * model.routed  # a mixture's misses are among the routed experts' neurons
+    hit_rate = model.hit_rate(bundle.slots / bundle.units)
+    cost.neurons += hit_rate * n_bytes / speeds.neurons
+    missed = wanted * (1 - hit_rate)
+    # A mixture's misses are among the routed experts' neurons; the most frequent ones, stored first, are not missed.
+    within = (bundle.units - bundle.slots) * model.routed
     reads, read = runs(missed, within, bundle.unit_bytes, speeds.disk.gap if speeds.disk else GAP)
     _add_reads(cost, speeds, n_bytes, missed * bundle.unit_bytes, reads, read)
 
@@ -540,9 +549,9 @@ def runs(missed: float, within: float, unit: int, gap: int) -> tuple[float, floa
     p = min(0.999, missed / max(within, 1.0))
     most = max(0, min(gap, RUN - 2 * unit) // unit)  # units between two that are read through at most
     through = 1 - (1 - p) ** (most + 1)  # probability that the next missed unit joins the run
-    longest = max(1.0, RUN / unit * p)  # missed units that fit into the longest read
-    reads = missed / min(1 / max(1 - through, 1e-9), max(longest, 1.0))
     between = sum(k * p * (1 - p) ** k for k in range(most + 1))  # expected units read for nothing per missed unit
+    longest = RUN / unit / (1 + between / through)  # missed units that fit into the longest read
+    reads = missed / min(1 / max(1 - through, 1e-9), max(longest, 1.0))
     return reads, (missed + missed * between) * unit + reads * 512
 
 
@@ -657,6 +666,8 @@ def plan(
         if process is None:
             process = _PROCESS
         context = Context(n_ctx, n_ctx, min(n_ctx, 512), process=process)
+        smaller = choose_ubatch(models[-1].files, budget, context) if budget is not None else None  # as loading does
+        context = replace(context, n_ubatch=smaller or context.n_ubatch)
         table: list[tuple[Model, Row]] = [(m, row) for m in models for row in rows(m, budget, context, speeds)]
         stock = _stock(first, budget, speeds, process) if first.files.sparse is None else None
         chosen = _choose(models, budget, context, speeds)

@@ -55,6 +55,23 @@ def test_hit_rates_from_frequencies() -> None:
         assert found[0] == 0 and found[-1] == pytest.approx(1) and found == sorted(found)
 
 
+def test_a_predictor_that_selects_more_makes_requests_less_concentrated() -> None:
+    rng = np.random.default_rng(1)
+    tendency = rng.standard_normal((1, 2000)) - 1.5
+    fires = tendency[..., None] + rng.standard_normal((1, 2000, 4000))  # of every neuron, for 4000 tokens
+    frequency = (fires > 0).mean(axis=2).astype(np.float32)
+    for margin in (0.3, 0.8):  # a predictor that cannot tell what fires from what nearly does
+        selected = (fires > -margin).mean(axis=2)
+        share = float(selected.mean())
+        found = hits.selected(frequency.astype(np.float64), share)
+        assert found.mean() == pytest.approx(share, rel=0.01)
+        cached = np.sort(selected.ravel())[::-1][:400].sum() / selected.sum()
+        assert hits.of_neurons([frequency], share)(0.2) == pytest.approx(cached, abs=0.01)
+        assert hits.of_neurons([frequency])(0.2) > cached + 0.04
+    assert np.array_equal(hits.selected(frequency, 0.01), frequency)  # it cannot select less than fires
+    assert hits.computed([]) is None
+
+
 def test_neighbours_are_read_together() -> None:
     unit = 1000
     assert plan.runs(0, 100, unit, 5000) == (0.0, 0.0)

@@ -73,12 +73,14 @@ class File:
         self.path = path
 
     def open(self, activation: int, slots: int = 0, hot: int = 0, engine: str = "io_uring", gap: int = 2048,
-             policy: int = 0, depth: int = 8) -> Any:
-        """struct pi_model; with slots it is streamed."""
+             policy: int = 0, depth: int = 8, transit: int = 0, frequency: np.ndarray | None = None) -> Any:
+        """struct pi_model; with slots it is streamed. transit: units that transit memory has room for."""
         ffi, lib = native()
         self.spec[0].n_slots, self.spec[0].n_hot = slots, hot
+        self.spec[0].frequency = ffi.NULL if frequency is None else ffi.from_buffer("float[]", frequency)
         flash = ffi.new("struct pi_flash_spec *", {"engine": ENGINES[engine], "depth": depth, "gap": gap,
-                                                   "run": 16384, "policy": policy})
+                                                   "run": 16384, "policy": policy,
+                                                   "transit": transit * (-(-self.spec[0].stride // 64) * 64)})
         message = ffi.new("char[]", 256)
         with open(self.path, "rb") as file:
             flash = flash if slots else ffi.NULL
@@ -134,18 +136,48 @@ def test_streamed_is_resident_bit_for_bit(tmp_path: Path, case: str, engine: str
     work = [(1, 1, 3), (1, 2, 4), (1, 2, 5), (7, 2, 6), (40, 2, 7), (300, 3, 8), (1, 2, 9)]
     expected = [file.run(resident, *job) for job in work]
     assert all(code == 0 and np.isfinite(out).all() and out.any() for code, out, _ in expected)
-    caches = [(1, 0, 0, 0), (2, 1, 2048, 1), (17, 3, 0, 0), (100, 40, 2048, 1), (units, 10, 512, 0)]
-    for slots, hot, gap, policy in caches:
-        streamed = file.open(activation, slots, hot, engine, gap, policy)
+    caches = [(1, 0, 0, 0, 0), (2, 1, 2048, 1, 0), (17, 3, 0, 0, 0), (100, 40, 2048, 1, 0), (units, 10, 512, 0, 40)]
+    caches += [(1, 0, 0, 0, 1), (2, 1, 2048, 1, 3), (100, 40, 2048, 0, 1), (60, 20, 1024, 0, 17), (100, 0, 0, 1, 400)]
+    for slots, hot, gap, policy, transit in caches:
+        streamed = file.open(activation, slots, hot, engine, gap, policy, transit=transit)
         for job, (_, out, h) in zip(work, expected, strict=True):
             code, again, activations = file.run(streamed, *job)
             assert code == 0
-            assert np.array_equal(out, again), (slots, job)
-            assert np.array_equal(h, activations), (slots, job)
+            assert np.array_equal(out, again), (slots, transit, job)
+            assert np.array_equal(h, activations), (slots, transit, job)
         stats = ffi.new("struct pi_flash_stats *")
         assert lib.pi_model_flash_stats(streamed, 0, stats) == 0
         assert stats.wanted > 0
         assert (stats.missed == 0) == (slots == units)
+
+
+def test_what_is_wanted_often_stays(tmp_path: Path) -> None:
+    """With transit memory a cache keeps what is wanted most, however much is wanted once in between."""
+    file = File(tmp_path / "bundles", gated=False)
+    ffi, lib = native()
+    often = np.arange(N_FF) % 4 == 1  # not the first ones, which are in memory when it starts
+    rng = np.random.default_rng(2)
+
+    def tokens(model: Any, n: int) -> int:
+        """Runs n tokens; bytes read in the last eight."""
+        for i in range(n):
+            if i == n - 8:
+                lib.pi_model_reset_stats(model)
+            g = (often | (rng.random(N_FF) < 0.3)).astype(np.float32)[None]
+            out = np.zeros((1, N_EMBD), np.float32)
+            assert lib.pi_ffn(model, 0, 1, ffi.NULL, ffi.NULL, ffi.from_buffer("float[]", g), ffi.NULL,
+                              ffi.from_buffer("float[]", out), 2) == 0
+        stats = ffi.new("struct pi_flash_stats *")
+        assert lib.pi_model_flash_stats(model, 0, stats) == 0
+        return stats.bytes // file.spec[0].stride
+
+    n = int(often.sum())
+    others = 8 * (N_FF - n) * 0.3  # these are read, except for a few that are in transit memory still
+    learnt = tokens(file.open(RELU2, n, transit=100), 60)
+    assert others * 0.4 < learnt < others * 1.1
+    told = np.where(often, 1.0, 0.3).astype(np.float32)
+    at_once = tokens(file.open(RELU2, n, transit=100, frequency=told), 16)
+    assert others * 0.4 < at_once < others * 1.1
 
 
 def test_a_predictor_selects_what_it_says(tmp_path: Path) -> None:
