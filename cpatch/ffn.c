@@ -2,7 +2,9 @@
 #define _GNU_SOURCE
 #include "ffn.h"
 
+#include "ffn_tiles.h"
 #include "kernels.h"
+#include "tiles.h"
 
 #include <math.h>
 #include <omp.h>
@@ -13,6 +15,7 @@ enum {
     CHUNK = 8,         /* neurons a thread takes at a time: small, because hot neurons lie together */
     BATCH = 64,        /* neurons handed to a kernel at once */
     TILE = 256,        /* neurons scanned at a time */
+    TILED_ROWS = 512,  /* rows computed together in tiles */
     STREAM_ROWS = 256, /* rows computed together when bundles are streamed: each is then read once for all of them */
     MAX_INPUTS = 3     /* types that x is rounded to: for gate, up and the predictor */
 };
@@ -26,6 +29,7 @@ struct block {
     int turn;       /* which thread begins, so that they take turns with the longer share */
     int32_t *list;  /* [n_ff] */
     int32_t *found; /* [n_threads] */
+    uint8_t *some;  /* [n_ff] what is listed; only of tiled blocks */
 };
 
 struct tally {
@@ -44,10 +48,20 @@ struct work {
     int n_inputs, input_type[MAX_INPUTS]; /* x, rounded to the types that are wanted */
     size_t input_size[MAX_INPUTS];
     uint8_t *inputs[MAX_INPUTS]; /* [rows][input_size], by ffn_row.input */
+    uint8_t *tile_inputs[MAX_INPUTS]; /* the same, packed for tiles; NULL where nothing is computed in tiles */
+    size_t tile_input_size;
     int gate_input, up_input, pred_input; /* which of the types */
 
     struct block *blocks; /* of the set that is being computed */
     int n_blocks, n_rows, set_rows, turn;
+    bool tiled;           /* the set's blocks are computed in tiles (ffn_tiles.h), */
+    int n_tiled;          /* as the first n_tiled rows of all are */
+    uint8_t *some;        /* [tiled blocks][n_ff] */
+    uint32_t *pairs;      /* of tiled blocks, one after the other: struct tile_rows */
+    float *sums;
+    uint8_t *tile_memory; /* [threads][tile_memory_size] */
+    size_t tile_memory_size;
+
     float *acc;           /* [threads][set_rows][n_embd] */
     float *tmp;           /* [threads][n_embd] one dequantised column */
     uint8_t *wanted;      /* [set_rows][n_ff] selected (row, neuron) pairs */
@@ -120,8 +134,7 @@ static int64_t source_index(const struct pi_layer *layer, int expert, int64_t j)
     return layer->order == NULL ? j : layer->order[pi_unit(layer, expert, j)];
 }
 
-/* The row of scales that neuron j shares with its neighbours in the source; only where down_type is I8. */
-static const uint16_t *scales_of(const struct pi_layer *layer, int expert, int64_t j) {
+const uint16_t *ffn_scales(const struct pi_layer *layer, int expert, int64_t j) {
     const int64_t groups = layer->spec.n_ff / PI_SCALE_GROUP;
     return layer->scales + (expert * groups + source_index(layer, expert, j) / PI_SCALE_GROUP) * layer->spec.n_embd;
 }
@@ -130,7 +143,7 @@ void ffn_column(const struct pi_layer *layer, int expert, int64_t j, float *y) {
     const struct pi_layer_spec *spec = &layer->spec;
     const uint8_t *column = pi_bundle(layer, expert, j) + spec->down_offset;
     if (spec->down_type != ABI_TYPE_I8) kernel_dequantize(spec->down_type, spec->n_embd, column, y);
-    else kernel_dequantize_scaled(spec->n_embd, (const int8_t *)column, scales_of(layer, expert, j), y);
+    else kernel_dequantize_scaled(spec->n_embd, (const int8_t *)column, ffn_scales(layer, expert, j), y);
 }
 
 /* The bundle of neuron j, waited for where it is streamed; NULL when its read failed. */
@@ -230,6 +243,10 @@ static int32_t scan(struct work *w, const struct block *block, int32_t begin, in
             found += some[k];
         }
     }
+    if (block->some != NULL && begin < end) {
+        memset(block->some + begin, 0, (size_t)(end - begin));
+        for (int32_t i = 0; i < found; i++) block->some[list[i]] = 1;
+    }
     if (w->marks != NULL) {
         for (int32_t i = 0; i < found; i++) w->marks[pi_unit(w->layer, block->rows[0].expert, list[i])] = 1;
     }
@@ -306,7 +323,7 @@ static void down_batch(const struct work *w, const struct block *block, const in
         a[left] = down_input(w, block, 0, batch[k]);
         if (a[left] == 0.0f && !w->all) continue;
         columns[left] = pi_bundle(w->layer, expert, batch[k]) + spec->down_offset;
-        if (spec->down_type == ABI_TYPE_I8) scales[left] = scales_of(w->layer, expert, batch[k]);
+        if (spec->down_type == ABI_TYPE_I8) scales[left] = ffn_scales(w->layer, expert, batch[k]);
         left++;
     }
     if (spec->down_type == ABI_TYPE_I8) kernel_axpys_scaled(spec->n_embd, columns, scales, a, left, y);
@@ -366,7 +383,7 @@ static void down_neuron(const struct work *w, const struct block *block, int32_t
     if (n == 0) return;
     const uint8_t *column = pi_bundle(w->layer, expert, j) + spec->down_offset;
     if (spec->down_type == ABI_TYPE_I8) {
-        kernel_axpys_outputs_scaled(spec->n_embd, column, scales_of(w->layer, expert, j), a, ys, n, tmp);
+        kernel_axpys_outputs_scaled(spec->n_embd, column, ffn_scales(w->layer, expert, j), a, ys, n, tmp);
     } else {
         kernel_axpys_outputs(spec->down_type, spec->n_embd, column, a, ys, n, tmp);
     }
@@ -514,6 +531,57 @@ static void begin_wave(struct work *w, int64_t from) {
     }
 }
 
+/* ---- tiles ----------------------------------------------------------------------------------------------------- */
+
+static struct tile_rows tile_rows(struct work *w, const struct block *block) {
+    const struct pi_layer *layer = w->layer;
+    return (struct tile_rows){
+        .layer = layer,
+        .activation = w->activation,
+        .predicts = w->predicts,
+        .all = w->all,
+        .round_type = w->round_type,
+        .expert = block->rows[0].expert,
+        .n_rows = block->n_rows,
+        .rows = block->rows,
+        .wanted = w->wanted + (int64_t)block->first * layer->spec.n_ff,
+        .some = block->some,
+        .gate_inputs = w->tile_inputs[w->gate_input],
+        .up_inputs = w->tile_inputs[w->up_input],
+        .input_size = w->tile_input_size,
+        .pairs = w->pairs + block->first * ffn_tiles_pairs(layer),
+        .sums = w->sums + block->first * ffn_tiles_outputs(layer),
+        .failed = &w->failed,
+    };
+}
+
+static struct tile_wave tile_wave(const struct work *w, int thread) {
+    return (struct tile_wave){w->lo, w->hi, thread, w->n_threads, w->tile_memory + (size_t)thread * w->tile_memory_size};
+}
+
+/* A pass over a set of tiled blocks. Both: down follows when all activations of the wave are there. */
+static void run_tiles(enum pass pass, struct work *w, int thread, struct tally *tally) {
+    const struct tile_wave wave = tile_wave(w, thread);
+    for (int b = 0; b < w->n_blocks && pass != PASS_DOWN; b++) {
+        const struct tile_rows rows = tile_rows(w, &w->blocks[b]);
+        ffn_tiles_up(&rows, &wave, &tally->fired, &tally->selected);
+    }
+    if (pass == PASS_UP) return;
+#pragma omp barrier
+    for (int b = 0; b < w->n_blocks && !failed(w); b++) {
+        const struct tile_rows rows = tile_rows(w, &w->blocks[b]);
+        ffn_tiles_down(&rows, &wave);
+    }
+}
+
+/* Zeroes the thread's share of what a set of tiled blocks adds to. */
+static void clear_tiles(struct work *w, int thread) {
+    const int64_t begin = (int64_t)w->n_rows * thread / w->n_threads, n = (int64_t)w->n_rows * (thread + 1) / w->n_threads - begin;
+    const int64_t pairs = ffn_tiles_pairs(w->layer), outputs = ffn_tiles_outputs(w->layer);
+    memset(w->pairs + begin * pairs, 0, (size_t)(n * pairs) * sizeof *w->pairs);
+    memset(w->sums + begin * outputs, 0, (size_t)(n * outputs) * sizeof *w->sums);
+}
+
 /* All threads. Runs a pass over everything that is wanted; again: an earlier pass has wanted it already. */
 static void run_waves(enum pass pass, struct work *w, int thread, struct tally *tally, bool again) {
     const bool streams = w->store != NULL;
@@ -524,7 +592,10 @@ static void run_waves(enum pass pass, struct work *w, int thread, struct tally *
             if (thread == 0) begin_wave(w, from);
 #pragma omp barrier
         }
-        if (pass == PASS_BOTH && streams) { /* up runs ahead of what is missing; a thread's neurons are its own */
+        if (w->tiled) {
+            run_tiles(pass, w, thread, tally);
+#pragma omp barrier
+        } else if (pass == PASS_BOTH && streams) { /* up runs ahead of what is missing; a thread's neurons are its own */
             run_pass(PASS_UP, w, thread, tally);
             run_pass(PASS_DOWN, w, thread, tally);
         } else {
@@ -596,7 +667,8 @@ static void run_set(struct work *w, int thread, struct tally *tally) {
         round_hidden(w, thread);
 #pragma omp barrier
     }
-    memset(w->acc + (int64_t)thread * w->set_rows * n_embd, 0, (size_t)(w->n_rows * n_embd) * sizeof(float));
+    if (w->tiled) clear_tiles(w, thread);
+    else memset(w->acc + (int64_t)thread * w->set_rows * n_embd, 0, (size_t)(w->n_rows * n_embd) * sizeof(float));
     for (int b = 0; b < w->n_blocks; b++) w->blocks[b].found[thread] = scan(w, &w->blocks[b], begin, end, tally);
 #pragma omp barrier
     if (w->store != NULL) {
@@ -610,16 +682,30 @@ static void run_set(struct work *w, int thread, struct tally *tally) {
             run_waves(PASS_UP, w, thread, tally, false);
 #pragma omp barrier
         }
-        gather_activations(w, thread);
+        if (w->tiled) {
+            const struct tile_wave wave = tile_wave(w, thread);
+            for (int b = 0; b < w->n_blocks; b++) {
+                const struct tile_rows rows = tile_rows(w, &w->blocks[b]);
+                ffn_tiles_round(&rows, &wave);
+            }
+        } else {
+            gather_activations(w, thread);
 #pragma omp barrier
-        if (w->round_type != ABI_TYPE_F32) {
-            round_activations(w, thread);
-#pragma omp barrier
+            if (w->round_type != ABI_TYPE_F32) round_activations(w, thread);
         }
+#pragma omp barrier
         run_waves(PASS_DOWN, w, thread, tally, up);
     }
 #pragma omp barrier
-    write_outputs(w, thread);
+    if (w->tiled) {
+        const struct tile_wave wave = tile_wave(w, thread);
+        for (int b = 0; b < w->n_blocks; b++) {
+            const struct tile_rows rows = tile_rows(w, &w->blocks[b]);
+            ffn_tiles_write(&rows, &wave);
+        }
+    } else {
+        write_outputs(w, thread);
+    }
 #pragma omp barrier
 }
 
@@ -627,8 +713,29 @@ static void run_set(struct work *w, int thread, struct tally *tally) {
 
 static int by_expert(const void *a, const void *b) {
     const struct ffn_row *x = a, *y = b;
+    if (x->tiled != y->tiled) return x->tiled ? -1 : 1;
     if (x->expert != y->expert) return x->expert < y->expert ? -1 : 1;
     return x->out < y->out ? -1 : x->out > y->out; /* a fixed order: qsort is not stable */
+}
+
+/* Groups rows by expert: first those of experts that have enough of them for tiles. Returns how many those are. */
+static int group_rows(const struct pi_layer *layer, struct ffn_row *rows, int n_rows) {
+    const bool can = n_rows >= ffn_tiles_least_rows() && ffn_tiles_can(layer);
+    int n_tiled = 0;
+    for (int r = 0; r < n_rows; r++) {
+        rows[r].tiled = false;
+        rows[r].rounds = r == 0 || rows[r].x != rows[r - 1].x; /* in a mixture a token's rows come one after the other */
+        rows[r].input = rows[r].rounds ? r : rows[r - 1].input;
+    }
+    if (layer->spec.n_expert > 0) qsort(rows, (size_t)n_rows, sizeof *rows, by_expert);
+    for (int r = 0, end; r < n_rows && can; r = end) {
+        for (end = r + 1; end < n_rows && rows[end].expert == rows[r].expert;) end++;
+        if (end - r < ffn_tiles_least_rows()) continue;
+        for (int k = r; k < end; k++) rows[k].tiled = true;
+        n_tiled += end - r;
+    }
+    if (n_tiled > 0 && n_tiled < n_rows) qsort(rows, (size_t)n_rows, sizeof *rows, by_expert);
+    return n_tiled;
 }
 
 /* What stock rounds the input of down to before its dot products; F32 (no rounding) for types we cannot read back. */
@@ -659,20 +766,38 @@ struct outputs {
     float *rows, **destinations; /* NULL unless there are several sets */
 };
 
+static size_t max_size(size_t a, size_t b) {
+    return a > b ? a : b;
+}
+
+/* What only tiled blocks need. */
+static void lay_out_tiles(struct work *w, size_t n_rows, size_t rows, uint8_t *memory, size_t *at) {
+    const struct pi_layer *layer = w->layer;
+    w->tile_input_size = tile_input_size(layer->spec.n_embd);
+    for (int i = 0; i < w->n_inputs; i++) w->tile_inputs[i] = carve(memory, at, n_rows * w->tile_input_size);
+    w->pairs = carve(memory, at, rows * (size_t)ffn_tiles_pairs(layer) * sizeof *w->pairs);
+    w->sums = carve(memory, at, rows * (size_t)ffn_tiles_outputs(layer) * sizeof *w->sums);
+    w->tile_memory_size = round64(ffn_tiles_memory(layer));
+    w->tile_memory = carve(memory, at, (size_t)w->n_threads * w->tile_memory_size);
+}
+
 /* Lays the arrays out in memory, or, for NULL, only adds up their size, which is returned. */
 static size_t lay_out(struct work *w, struct outputs *outputs, int n_rows, uint8_t *memory, int32_t **lists,
                       int32_t **founds) {
     const struct pi_layer_spec *spec = &w->layer->spec;
-    const size_t n_embd = (size_t)spec->n_embd, n_ff = (size_t)spec->n_ff, rows = (size_t)w->set_rows;
-    const size_t threads = (size_t)w->n_threads;
+    const size_t n_embd = (size_t)spec->n_embd, n_ff = (size_t)spec->n_ff, plain = (size_t)w->set_rows;
+    const size_t threads = (size_t)w->n_threads, experts = (size_t)(spec->n_expert == 0 ? 1 : spec->n_expert);
+    const size_t tiled = (size_t)(w->n_tiled < TILED_ROWS ? w->n_tiled : TILED_ROWS), rows = max_size(plain, tiled);
+    const size_t tiled_blocks = tiled < experts ? tiled : experts; /* an expert has one in a set */
+    const size_t blocks = max_size(plain, tiled_blocks);
     size_t at = 0;
     for (int i = 0; i < w->n_inputs; i++) w->inputs[i] = carve(memory, &at, (size_t)n_rows * w->input_size[i]);
-    w->blocks = carve(memory, &at, rows * sizeof *w->blocks);
-    w->acc = carve(memory, &at, threads * rows * n_embd * sizeof(float));
+    w->blocks = carve(memory, &at, blocks * sizeof *w->blocks);
+    w->acc = carve(memory, &at, threads * plain * n_embd * sizeof(float));
     w->tmp = carve(memory, &at, threads * n_embd * sizeof(float));
-    w->wanted = carve(memory, &at, rows * n_ff);
+    w->wanted = carve(memory, &at, rows * n_ff + 64);
     if (!w->predicts) {
-        w->rounded = carve(memory, &at, rows * n_ff * sizeof(float));
+        w->rounded = carve(memory, &at, plain * n_ff * sizeof(float));
         w->packed_size = round64(abi_row_size(w->round_type, spec->n_ff));
         w->packed = carve(memory, &at, threads * w->packed_size);
     }
@@ -681,15 +806,19 @@ static size_t lay_out(struct work *w, struct outputs *outputs, int n_rows, uint8
         w->z = carve(memory, &at, rows * (size_t)spec->rank * sizeof(float));
         w->zq = carve(memory, &at, rows * w->zq_size);
     }
-    *lists = carve(memory, &at, rows * n_ff * sizeof(int32_t));
-    *founds = carve(memory, &at, rows * threads * sizeof(int32_t));
+    *lists = carve(memory, &at, blocks * n_ff * sizeof(int32_t));
+    *founds = carve(memory, &at, blocks * threads * sizeof(int32_t));
     w->late = carve(memory, &at, threads * n_ff * sizeof(int32_t));
     if (w->store != NULL) {
         w->units = carve(memory, &at, w->store->spec.n_units * sizeof(int32_t));
         if (n_rows > FFN_BLOCK_ROWS) w->marks = carve(memory, &at, w->store->spec.n_units);
     }
-    if (n_rows > w->set_rows) {
-        outputs->rows = carve(memory, &at, (size_t)n_rows * n_embd * sizeof(float));
+    if (w->n_tiled > 0) {
+        w->some = carve(memory, &at, tiled_blocks * n_ff);
+        lay_out_tiles(w, (size_t)n_rows, tiled, memory, &at);
+    }
+    if ((size_t)w->n_tiled > tiled || (size_t)(n_rows - w->n_tiled) > plain || (w->n_tiled > 0 && w->n_tiled < n_rows)) {
+        outputs->rows = carve(memory, &at, (size_t)n_rows * n_embd * sizeof(float)); /* several sets */
         outputs->destinations = carve(memory, &at, (size_t)n_rows * sizeof(float *));
     }
     return at;
@@ -698,17 +827,25 @@ static size_t lay_out(struct work *w, struct outputs *outputs, int n_rows, uint8
 /* Forms the blocks of the next set, which begins at row `done`. Returns where it ends. Thread 0 only. A set is of whole
  * blocks, so that blocks, and with them the order of sums, do not depend on how large sets are. */
 static int form_set(struct work *w, struct ffn_row *rows, int n_rows, int done, int32_t *lists, int32_t *founds) {
+    const int64_t n_ff = w->layer->spec.n_ff;
     w->n_blocks = w->n_rows = 0;
-    while (done < n_rows) {
+    w->tiled = done < w->n_tiled;
+    if (w->tiled) n_rows = w->n_tiled;
+    const int most = w->tiled ? TILED_ROWS : w->set_rows, block_rows = w->tiled ? TILED_ROWS : FFN_BLOCK_ROWS;
+    while (done < n_rows && w->n_rows < most) {
         int n = 1;
-        while (n < FFN_BLOCK_ROWS && done + n < n_rows && rows[done + n].expert == rows[done].expert) n++;
-        if (w->n_rows + n > w->set_rows) break;
+        while (n < block_rows && done + n < n_rows && rows[done + n].expert == rows[done].expert) n++;
+        if (w->n_rows + n > most) {
+            if (!w->tiled) break; /* sums of plain blocks depend on their rows; those of tiled ones do not */
+            n = most - w->n_rows;
+        }
         w->blocks[w->n_blocks] = (struct block){.rows = rows + done,
                                                 .first = w->n_rows,
                                                 .n_rows = n,
                                                 .turn = w->turn++,
-                                                .list = lists + (int64_t)w->n_blocks * w->layer->spec.n_ff,
-                                                .found = founds + (int64_t)w->n_blocks * w->n_threads};
+                                                .list = lists + w->n_blocks * n_ff,
+                                                .found = founds + (int64_t)w->n_blocks * w->n_threads,
+                                                .some = w->tiled ? w->some + w->n_blocks * n_ff : NULL};
         w->n_blocks++;
         w->n_rows += n;
         done += n;
@@ -716,20 +853,26 @@ static int form_set(struct work *w, struct ffn_row *rows, int n_rows, int done, 
     return done;
 }
 
-/* Rounds x once per token and type. In a mixture a token's rows share their x, and come one after the other. */
-static void round_inputs(struct work *w, struct ffn_row *rows, int n_rows) {
-    for (int r = 0; r < n_rows; r++) rows[r].input = r > 0 && rows[r].x == rows[r - 1].x ? rows[r - 1].input : r;
+/* Rounds x once per token and type, and packs it for tiles. */
+static void round_inputs(struct work *w, const struct ffn_row *rows, int n_rows) {
+    const struct pi_layer_spec *spec = &w->layer->spec;
     for (int i = 0; i < w->n_inputs; i++) {
+        const bool gate = spec->gate_name != NULL && i == w->gate_input, up = spec->up_name != NULL && i == w->up_input;
+        const bool packs = w->n_tiled > 0 && (gate || up);
 #pragma omp parallel for num_threads(w->n_threads) if (n_rows > 8) schedule(static)
         for (int r = 0; r < n_rows; r++) {
-            if (rows[r].input != r) continue;
-            kernel_round_input(w->input_type[i], w->layer->spec.n_embd, rows[r].x,
-                               w->inputs[i] + (size_t)r * w->input_size[i]);
+            if (!rows[r].rounds) continue;
+            uint8_t *to = w->inputs[i] + (size_t)rows[r].input * w->input_size[i];
+            kernel_round_input(w->input_type[i], spec->n_embd, rows[r].x, to);
+            if (packs) {
+                tile_pack_input(gate ? spec->gate_type : spec->up_type, spec->n_embd, to,
+                                w->tile_inputs[i] + (size_t)rows[r].input * w->tile_input_size);
+            }
         }
     }
 }
 
-static void start(struct work *w, const struct pi_layer *layer, const struct ffn_row *rows, int n_rows, bool dense,
+static void start(struct work *w, const struct pi_layer *layer, struct ffn_row *rows, int n_rows, bool dense,
                   int n_threads) {
     const struct pi_layer_spec *spec = &layer->spec;
     *w = (struct work){.layer = layer,
@@ -740,7 +883,8 @@ static void start(struct work *w, const struct pi_layer *layer, const struct ffn
                        .n_threads = n_threads,
                        .store = layer->store};
     const int most = w->store != NULL ? STREAM_ROWS : FFN_BLOCK_ROWS;
-    w->set_rows = n_rows < most ? n_rows : most;
+    w->n_tiled = group_rows(layer, rows, n_rows);
+    w->set_rows = n_rows - w->n_tiled < most ? n_rows - w->n_tiled : most;
     if (rows[0].x == NULL) return;
     if (spec->gate_name != NULL) w->gate_input = add_input(w, spec->gate_type);
     if (spec->up_name != NULL) w->up_input = add_input(w, spec->up_type);
@@ -761,7 +905,6 @@ enum ffn_result ffn_sparse(const struct pi_layer *layer, struct ffn_row *rows, i
     (void)lay_out(&work, &outputs, n_rows, memory, &lists, &founds);
     if (work.marks != NULL) memset(work.marks, 0, layer->store->spec.n_units);
     if (work.n_inputs > 0) round_inputs(&work, rows, n_rows);
-    if (layer->spec.n_expert > 0) qsort(rows, (size_t)n_rows, sizeof *rows, by_expert);
     /* Several sets would overwrite inputs of the later ones when an output lies over an input, so then outputs are
      * collected in scratch and copied at the very end. */
     for (int r = 0; r < n_rows && outputs.rows != NULL; r++) {

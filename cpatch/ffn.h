@@ -30,7 +30,9 @@ struct ffn_row {
                         a predictor selects (all rows alike) */
     float *h;        /* [n_ff] receives the activation, zeros included; NULL when only down is to be computed */
     float *out;      /* [n_embd] receives the FFN's output */
-    int input;       /* for ffn_sparse() itself: where x is, rounded */
+    int input;       /* for ffn_sparse() itself: where x is, rounded; */
+    bool rounds;     /* this row rounds it; */
+    bool tiled;      /* its expert's rows are computed in tiles */
 };
 
 /* Memory that evaluations reuse; grows, never shrinks. Zero-initialise, one per backend instance. */
@@ -49,6 +51,9 @@ enum ffn_result { FFN_OK = 0, FFN_NO_MEMORY = -1, FFN_READ_FAILED = -2 /* pi_mod
  * The rows themselves must not lie in scratch. Counts into counters. */
 enum ffn_result ffn_sparse(const struct pi_layer *layer, struct ffn_row *rows, int n_rows, bool dense, int n_threads,
                            struct ffn_scratch *scratch, struct pi_counters *counters);
+
+/* The row of scales that neuron j shares with its neighbours in the source; only where down_type is I8. */
+const uint16_t *ffn_scales(const struct pi_layer *layer, int expert, int64_t j);
 
 /* y[0..n_embd) = the down column of neuron j (stored index) of an expert, whose bundle is in memory. */
 void ffn_column(const struct pi_layer *layer, int expert, int64_t j, float *y);
