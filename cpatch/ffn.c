@@ -310,8 +310,8 @@ static float down_input(const struct work *w, const struct block *block, int r, 
     return w->rounded[(int64_t)(block->first + r) * w->layer->spec.n_ff + source_index(w->layer, row->expert, j)];
 }
 
-/* Adds the columns of n neurons, times their activations, to the accumulator of a block's only row. */
-static void down_batch(const struct work *w, const struct block *block, const int32_t *batch, int n, float *y,
+/* Adds the columns of n neurons, times their activations for row r of a block, to its accumulator. */
+static void down_batch(const struct work *w, const struct block *block, int r, const int32_t *batch, int n, float *y,
                        float *tmp) {
     const struct pi_layer_spec *spec = &w->layer->spec;
     const int expert = block->rows[0].expert;
@@ -320,7 +320,7 @@ static void down_batch(const struct work *w, const struct block *block, const in
     float a[BATCH];
     int left = 0;
     for (int k = 0; k < n; k++) {
-        a[left] = down_input(w, block, 0, batch[k]);
+        a[left] = down_input(w, block, r, batch[k]);
         if (a[left] == 0.0f && !w->all) continue;
         columns[left] = pi_bundle(w->layer, expert, batch[k]) + spec->down_offset;
         if (spec->down_type == ABI_TYPE_I8) scales[left] = ffn_scales(w->layer, expert, batch[k]);
@@ -330,79 +330,24 @@ static void down_batch(const struct work *w, const struct block *block, const in
     else kernel_axpys(spec->down_type, spec->n_embd, columns, a, left, y, tmp);
 }
 
-/* The activations of one neuron for the rows of a block that want it. */
-static void up_neuron(struct work *w, const struct block *block, int32_t j, struct tally *tally) {
-    const struct pi_layer_spec *spec = &w->layer->spec;
-    const uint8_t *own = pi_bundle(w->layer, block->rows[0].expert, j);
-    const void *inputs[FFN_BLOCK_ROWS];
-    const struct ffn_row *rows[FFN_BLOCK_ROWS];
-    float g[FFN_BLOCK_ROWS], u[FFN_BLOCK_ROWS];
-    int n = 0;
-    for (int r = 0; r < block->n_rows; r++) {
-        if (!w->wanted[(int64_t)(block->first + r) * spec->n_ff + j]) continue;
-        rows[n++] = &block->rows[r];
-    }
-    if (w->predicts) {
-        const bool gated = spec->gated;
-        for (int i = 0; i < n; i++) inputs[i] = input_of(w, rows[i], gated ? w->gate_input : w->up_input);
-        kernel_dots_inputs(gated ? spec->gate_type : spec->up_type, spec->n_embd,
-                           own + (gated ? spec->gate_offset : spec->up_offset), inputs, n, g);
-        int left = 0;
-        for (int i = 0; i < n; i++) {
-            if (!w->all && !(g[i] > 0.0f)) continue;
-            rows[left] = rows[i];
-            g[left++] = g[i];
-        }
-        n = left;
-    } else {
-        for (int i = 0; i < n; i++) g[i] = rows[i]->h[j];
-    }
-    for (int i = 0; i < n && w->all && w->predicts; i++) tally->selected += g[i] > 0.0f;
-    if (spec->gated) {
-        for (int i = 0; i < n; i++) inputs[i] = input_of(w, rows[i], w->up_input);
-        kernel_dots_inputs(spec->up_type, spec->n_embd, own + spec->up_offset, inputs, n, u);
-    }
-    for (int i = 0; i < n; i++) {
-        const float h = activate(w->activation, g[i], spec->gated ? u[i] : 1.0f);
-        rows[i]->h[j] = h;
-        tally->fired += h != 0.0f;
-    }
-}
-
-/* Adds one neuron's column, times its activations, to the accumulators of a block's rows. */
-static void down_neuron(const struct work *w, const struct block *block, int32_t j, float *acc, float *tmp) {
-    const struct pi_layer_spec *spec = &w->layer->spec;
-    const int expert = block->rows[0].expert;
-    float *ys[FFN_BLOCK_ROWS], a[FFN_BLOCK_ROWS];
-    int n = 0;
-    for (int r = 0; r < block->n_rows; r++) {
-        a[n] = down_input(w, block, r, j);
-        if (a[n] == 0.0f && !w->all) continue;
-        ys[n++] = acc + (int64_t)(block->first + r) * spec->n_embd;
-    }
-    if (n == 0) return;
-    const uint8_t *column = pi_bundle(w->layer, expert, j) + spec->down_offset;
-    if (spec->down_type == ABI_TYPE_I8) {
-        kernel_axpys_outputs_scaled(spec->n_embd, column, ffn_scales(w->layer, expert, j), a, ys, n, tmp);
-    } else {
-        kernel_axpys_outputs(spec->down_type, spec->n_embd, column, a, ys, n, tmp);
-    }
-}
-
 /* ---- passes over the lists ------------------------------------------------------------------------------------ */
 
 enum pass { PASS_UP, PASS_DOWN, PASS_BOTH };
 
+/* Row by row: the batch's bundles come from memory for the first of them, and stay in the cache for the others. */
 static void run_batch(enum pass pass, struct work *w, const struct block *block, const int32_t *batch, int n, float *acc,
                       float *tmp, struct tally *tally) {
-    if (block->n_rows == 1) {
-        if (pass != PASS_DOWN) up_batch(w, &block->rows[0], batch, n, tally);
-        if (pass != PASS_UP) down_batch(w, block, batch, n, acc + (int64_t)block->first * w->layer->spec.n_embd, tmp);
-        return;
-    }
-    for (int k = 0; k < n; k++) {
-        if (pass != PASS_DOWN) up_neuron(w, block, batch[k], tally);
-        if (pass != PASS_UP) down_neuron(w, block, batch[k], acc, tmp);
+    for (int r = 0; r < block->n_rows; r++) {
+        const uint8_t *wanted = w->wanted + (int64_t)(block->first + r) * w->layer->spec.n_ff;
+        int32_t own[BATCH];
+        int left = 0;
+        for (int k = 0; k < n; k++) {
+            own[left] = batch[k];
+            left += wanted[batch[k]];
+        }
+        if (pass != PASS_DOWN) up_batch(w, &block->rows[r], own, left, tally);
+        if (pass == PASS_UP) continue;
+        down_batch(w, block, r, own, left, acc + (int64_t)(block->first + r) * w->layer->spec.n_embd, tmp);
     }
 }
 

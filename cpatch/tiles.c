@@ -508,8 +508,10 @@ void tile_force_dense_share(float share) {
     atomic_store_explicit(&forced_share, share, memory_order_relaxed);
 }
 
-#else /* another architecture: ffn_tiles_can() says no, and nothing else is called */
+#else /* another architecture: ffn_tiles_can() says no, so nothing else is called */
 
 bool tile_available(void) { return false; }
 bool tile_has_type(int type) { (void)type; return false; }
+void tile_force_dense_share(float share) { (void)share; }
+size_t tile_input_size(int64_t n) { (void)n; return 0; }
 #endif
