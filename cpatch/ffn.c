@@ -15,8 +15,7 @@ enum {
     CHUNK = 8,         /* neurons a thread takes at a time: small, because hot neurons lie together */
     BATCH = 64,        /* neurons handed to a kernel at once */
     TILE = 256,        /* neurons scanned at a time */
-    TILED_ROWS = 512,  /* rows computed together in tiles */
-    STREAM_ROWS = 256, /* rows computed together when bundles are streamed: each is then read once for all of them */
+    SET_ROWS = 256,    /* rows computed together where bundles are streamed, and read once for all, or may be in tiles */
     MAX_INPUTS = 3     /* types that x is rounded to: for gate, up and the predictor */
 };
 
@@ -29,7 +28,8 @@ struct block {
     int turn;       /* which thread begins, so that they take turns with the longer share */
     int32_t *list;  /* [n_ff] */
     int32_t *found; /* [n_threads] */
-    uint8_t *some;  /* [n_ff] what is listed; only of tiled blocks */
+    int64_t *wanted; /* [n_threads] how many (row, neuron) pairs those are */
+    bool tiled;     /* computed with its neighbours, in one of work.tiles */
 };
 
 struct tally {
@@ -54,18 +54,20 @@ struct work {
 
     struct block *blocks; /* of the set that is being computed */
     int n_blocks, n_rows, set_rows, turn;
-    bool tiled;           /* the set's blocks are computed in tiles (ffn_tiles.h), */
-    int n_tiled;          /* as the first n_tiled rows of all are */
-    uint8_t *some;        /* [tiled blocks][n_ff] */
-    uint32_t *pairs;      /* of tiled blocks, one after the other: struct tile_rows */
-    float *sums;
+    size_t most_blocks;   /* of a set */
+    bool can_tile;
+    struct tile_rows *tiles; /* of this set: blocks of one expert that are computed in tiles (ffn_tiles.h) */
+    int n_tiles;
+    uint8_t *some;        /* [experts of a set][n_ff] neurons that tiles want */
+    float *sums;          /* [set_rows][ffn_tiles_outputs()] */
     uint8_t *tile_memory; /* [threads][tile_memory_size] */
     size_t tile_memory_size;
 
     float *acc;           /* [threads][set_rows][n_embd] */
     float *tmp;           /* [threads][n_embd] one dequantised column */
     uint8_t *wanted;      /* [set_rows][n_ff] selected (row, neuron) pairs */
-    float *rounded;       /* [set_rows][n_ff] activations as stock would round them, in the source's order */
+    float *rounded;       /* [set_rows][rounded_stride] activations as stock would round them, in the source's order; in */
+    int64_t rounded_stride; /* tiles: pairs of activations */
     uint8_t *packed;      /* [threads][packed_size] one row of activations on its way through the rounding type */
     size_t packed_size;
     float *z;             /* [set_rows][rank] the predictor's hidden layer, */
@@ -228,24 +230,23 @@ static uint32_t select_row(const struct work *w, const struct block *block, int 
 }
 
 /* Lists the neurons of [begin, end) that some row of the block wants. */
-static int32_t scan(struct work *w, const struct block *block, int32_t begin, int32_t end, struct tally *tally) {
+static int32_t scan(struct work *w, const struct block *block, int32_t begin, int32_t end, int64_t *pairs,
+                    struct tally *tally) {
     int32_t *list = block->list + begin, found = 0;
     for (int32_t tile = begin; tile < end; tile += TILE) {
         const int n = end - tile < TILE ? end - tile : TILE;
         uint8_t some[TILE] = {0};
         for (int r = 0; r < block->n_rows; r++) {
             uint8_t *wanted = w->wanted + (int64_t)(block->first + r) * w->layer->spec.n_ff + tile;
-            tally->selected += select_row(w, block, r, tile, n, wanted);
+            const uint32_t selected = select_row(w, block, r, tile, n, wanted);
+            tally->selected += selected;
+            *pairs += w->all ? (uint32_t)n : selected;
             for (int k = 0; k < n; k++) some[k] |= wanted[k];
         }
         for (int k = 0; k < n; k++) {
             list[found] = tile + k;
             found += some[k];
         }
-    }
-    if (block->some != NULL && begin < end) {
-        memset(block->some + begin, 0, (size_t)(end - begin));
-        for (int32_t i = 0; i < found; i++) block->some[list[i]] = 1;
     }
     if (w->marks != NULL) {
         for (int32_t i = 0; i < found; i++) w->marks[pi_unit(w->layer, block->rows[0].expert, list[i])] = 1;
@@ -307,7 +308,7 @@ static void up_batch(const struct work *w, const struct ffn_row *row, const int3
 static float down_input(const struct work *w, const struct block *block, int r, int32_t j) {
     const struct ffn_row *row = &block->rows[r];
     if (w->predicts) return row->h[j];
-    return w->rounded[(int64_t)(block->first + r) * w->layer->spec.n_ff + source_index(w->layer, row->expert, j)];
+    return w->rounded[(block->first + r) * w->rounded_stride + source_index(w->layer, row->expert, j)];
 }
 
 /* Adds the columns of n neurons, times their activations for row r of a block, to its accumulator. */
@@ -393,6 +394,7 @@ static void run_pass(enum pass pass, struct work *w, int thread, struct tally *t
     float *acc = w->acc + (int64_t)thread * w->set_rows * n_embd, *tmp = w->tmp + thread * n_embd;
     int32_t *late = w->late + thread * n_ff;
     for (int b = 0; b < w->n_blocks && !failed(w); b++) {
+        if (w->blocks[b].tiled) continue;
         const struct block *block = &w->blocks[b];
         int64_t chunk = block->turn;
         const int64_t base = pi_unit(layer, block->rows[0].expert, 0);
@@ -478,53 +480,66 @@ static void begin_wave(struct work *w, int64_t from) {
 
 /* ---- tiles ----------------------------------------------------------------------------------------------------- */
 
-static struct tile_rows tile_rows(struct work *w, const struct block *block) {
-    const struct pi_layer *layer = w->layer;
-    return (struct tile_rows){
-        .layer = layer,
-        .activation = w->activation,
-        .predicts = w->predicts,
-        .all = w->all,
-        .round_type = w->round_type,
-        .expert = block->rows[0].expert,
-        .n_rows = block->n_rows,
-        .rows = block->rows,
-        .wanted = w->wanted + (int64_t)block->first * layer->spec.n_ff,
-        .some = block->some,
-        .gate_inputs = w->tile_inputs[w->gate_input],
-        .up_inputs = w->tile_inputs[w->up_input],
-        .input_size = w->tile_input_size,
-        .pairs = w->pairs + block->first * ffn_tiles_pairs(layer),
-        .sums = w->sums + block->first * ffn_tiles_outputs(layer),
-        .failed = &w->failed,
-    };
-}
-
 static struct tile_wave tile_wave(const struct work *w, int thread) {
     return (struct tile_wave){w->lo, w->hi, thread, w->n_threads, w->tile_memory + (size_t)thread * w->tile_memory_size};
 }
 
-/* A pass over a set of tiled blocks. Both: down follows when all activations of the wave are there. */
-static void run_tiles(enum pass pass, struct work *w, int thread, struct tally *tally) {
-    const struct tile_wave wave = tile_wave(w, thread);
-    for (int b = 0; b < w->n_blocks && pass != PASS_DOWN; b++) {
-        const struct tile_rows rows = tile_rows(w, &w->blocks[b]);
-        ffn_tiles_up(&rows, &wave, &tally->fired, &tally->selected);
-    }
-    if (pass == PASS_UP) return;
-#pragma omp barrier
-    for (int b = 0; b < w->n_blocks && !failed(w); b++) {
-        const struct tile_rows rows = tile_rows(w, &w->blocks[b]);
-        ffn_tiles_down(&rows, &wave);
+/* Thread 0 only. Decides which blocks are computed in tiles: neighbours of one expert, where unpacking a neuron pays. What
+ * is chosen depends on the rows alone, because the two ways round differently. */
+static void choose_tiles(struct work *w) {
+    const struct pi_layer *layer = w->layer;
+    const int64_t n_ff = layer->spec.n_ff;
+    w->n_tiles = 0;
+    for (int b = 0, end; w->can_tile && b < w->n_blocks; b = end) {
+        const struct block *first = &w->blocks[b];
+        int64_t wanted = 0;
+        int n_rows = 0;
+        for (end = b; end < w->n_blocks && w->blocks[end].rows[0].expert == first->rows[0].expert; end++) {
+            for (int t = 0; t < w->n_threads; t++) wanted += w->blocks[end].wanted[t];
+            n_rows += w->blocks[end].n_rows;
+        }
+        if (wanted < ffn_tiles_least_wanted() * n_ff) continue;
+        uint8_t *some = w->some + w->n_tiles * n_ff;
+        memset(some, 0, (size_t)n_ff);
+        for (int i = b; i < end; i++) {
+            w->blocks[i].tiled = true;
+            for (int t = 0; t < w->n_threads; t++) {
+                const int32_t *list = w->blocks[i].list + n_ff * t / w->n_threads;
+                for (int32_t k = 0; k < w->blocks[i].found[t]; k++) some[list[k]] = 1;
+            }
+        }
+        w->tiles[w->n_tiles++] = (struct tile_rows){
+            .layer = layer,
+            .activation = w->activation,
+            .predicts = w->predicts,
+            .all = w->all,
+            .round_type = w->round_type,
+            .expert = first->rows[0].expert,
+            .n_rows = n_rows,
+            .rows = first->rows,
+            .wanted = w->wanted + first->first * n_ff,
+            .some = some,
+            .gate_inputs = w->tile_inputs[w->gate_input],
+            .up_inputs = w->tile_inputs[w->up_input],
+            .input_size = w->tile_input_size,
+            .pairs = (uint32_t *)(w->rounded + first->first * w->rounded_stride),
+            .sums = w->sums + first->first * ffn_tiles_outputs(layer),
+            .failed = &w->failed,
+        };
     }
 }
 
-/* Zeroes the thread's share of what a set of tiled blocks adds to. */
-static void clear_tiles(struct work *w, int thread) {
-    const int64_t begin = (int64_t)w->n_rows * thread / w->n_threads, n = (int64_t)w->n_rows * (thread + 1) / w->n_threads - begin;
-    const int64_t pairs = ffn_tiles_pairs(w->layer), outputs = ffn_tiles_outputs(w->layer);
-    memset(w->pairs + begin * pairs, 0, (size_t)(n * pairs) * sizeof *w->pairs);
-    memset(w->sums + begin * outputs, 0, (size_t)(n * outputs) * sizeof *w->sums);
+/* A pass over what is computed in tiles. Both: down follows when all activations of the wave are there. */
+static void run_tiles(enum pass pass, struct work *w, int thread, struct tally *tally) {
+    const struct tile_wave wave = tile_wave(w, thread);
+    for (int i = 0; i < w->n_tiles && pass != PASS_DOWN; i++) ffn_tiles_up(&w->tiles[i], &wave, &tally->fired, &tally->selected);
+    if (pass == PASS_BOTH) {
+#pragma omp barrier
+    }
+    for (int i = 0; i < w->n_tiles && pass != PASS_UP && !failed(w); i++) ffn_tiles_down(&w->tiles[i], &wave);
+    if (pass == PASS_BOTH) {
+#pragma omp barrier
+    }
 }
 
 /* All threads. Runs a pass over everything that is wanted; again: an earlier pass has wanted it already. */
@@ -537,10 +552,8 @@ static void run_waves(enum pass pass, struct work *w, int thread, struct tally *
             if (thread == 0) begin_wave(w, from);
 #pragma omp barrier
         }
-        if (w->tiled) {
-            run_tiles(pass, w, thread, tally);
-#pragma omp barrier
-        } else if (pass == PASS_BOTH && streams) { /* up runs ahead of what is missing; a thread's neurons are its own */
+        if (w->n_tiles > 0) run_tiles(pass, w, thread, tally);
+        if (pass == PASS_BOTH && streams) { /* up runs ahead of what is missing; a thread's neurons are its own */
             run_pass(PASS_UP, w, thread, tally);
             run_pass(PASS_DOWN, w, thread, tally);
         } else {
@@ -559,9 +572,9 @@ static void gather_activations(const struct work *w, int thread) {
     const int64_t n_ff = layer->spec.n_ff, begin = n_ff * thread / w->n_threads, end = n_ff * (thread + 1) / w->n_threads;
     for (int b = 0; b < w->n_blocks; b++) {
         const struct block *block = &w->blocks[b];
-        for (int r = 0; r < block->n_rows; r++) {
+        for (int r = 0; r < block->n_rows && !block->tiled; r++) {
             const float *h = block->rows[r].h != NULL ? block->rows[r].h : block->rows[r].g;
-            float *to = w->rounded + (int64_t)(block->first + r) * n_ff;
+            float *to = w->rounded + (block->first + r) * w->rounded_stride;
             if (layer->order == NULL) {
                 memcpy(to + begin, h + begin, (size_t)(end - begin) * sizeof(float));
             } else {
@@ -577,10 +590,13 @@ static void round_activations(const struct work *w, int thread) {
     const int64_t n_ff = w->layer->spec.n_ff, units = n_ff / unit;
     const int64_t begin = units * thread / w->n_threads * unit, n = units * (thread + 1) / w->n_threads * unit - begin;
     uint8_t *packed = w->packed + (size_t)thread * w->packed_size;
-    for (int r = 0; r < w->n_rows && n > 0; r++) {
-        float *values = w->rounded + r * n_ff + begin;
-        kernel_round_input(w->round_type, n, values, packed);
-        kernel_dequantize(w->round_type, n, packed, values);
+    for (int b = 0; b < w->n_blocks && n > 0; b++) {
+        const struct block *block = &w->blocks[b];
+        for (int r = block->first; r < block->first + block->n_rows && !block->tiled; r++) {
+            float *values = w->rounded + r * w->rounded_stride + begin;
+            kernel_round_input(w->round_type, n, values, packed);
+            kernel_dequantize(w->round_type, n, packed, values);
+        }
     }
 }
 
@@ -589,7 +605,7 @@ static void write_outputs(const struct work *w, int thread) {
     const int64_t n_embd = w->layer->spec.n_embd;
     const int64_t first = n_embd * thread / w->n_threads, last = n_embd * (thread + 1) / w->n_threads;
     for (int b = 0; b < w->n_blocks; b++) {
-        for (int r = 0; r < w->blocks[b].n_rows; r++) {
+        for (int r = 0; r < w->blocks[b].n_rows && !w->blocks[b].tiled; r++) {
             float *out = w->blocks[b].rows[r].out;
             const float *part = w->acc + (int64_t)(w->blocks[b].first + r) * n_embd;
             memcpy(out + first, part + first, (size_t)(last - first) * sizeof(float));
@@ -612,12 +628,19 @@ static void run_set(struct work *w, int thread, struct tally *tally) {
         round_hidden(w, thread);
 #pragma omp barrier
     }
-    if (w->tiled) clear_tiles(w, thread);
-    else memset(w->acc + (int64_t)thread * w->set_rows * n_embd, 0, (size_t)(w->n_rows * n_embd) * sizeof(float));
-    for (int b = 0; b < w->n_blocks; b++) w->blocks[b].found[thread] = scan(w, &w->blocks[b], begin, end, tally);
+    memset(w->acc + (int64_t)thread * w->set_rows * n_embd, 0, (size_t)(w->n_rows * n_embd) * sizeof(float));
+    for (int b = 0; b < w->n_blocks; b++) {
+        w->blocks[b].wanted[thread] = 0;
+        w->blocks[b].found[thread] = scan(w, &w->blocks[b], begin, end, &w->blocks[b].wanted[thread], tally);
+    }
 #pragma omp barrier
-    if (w->store != NULL) {
-        if (thread == 0) list_units(w);
+    if (w->store != NULL || w->can_tile) {
+        if (thread == 0) choose_tiles(w);
+        if (thread == 0 && w->store != NULL) list_units(w);
+#pragma omp barrier
+    }
+    if (w->n_tiles > 0) {
+        for (int i = 0; i < w->n_tiles; i++) ffn_tiles_clear(&w->tiles[i], thread, w->n_threads);
 #pragma omp barrier
     }
     if (w->predicts) {
@@ -627,30 +650,20 @@ static void run_set(struct work *w, int thread, struct tally *tally) {
             run_waves(PASS_UP, w, thread, tally, false);
 #pragma omp barrier
         }
-        if (w->tiled) {
-            const struct tile_wave wave = tile_wave(w, thread);
-            for (int b = 0; b < w->n_blocks; b++) {
-                const struct tile_rows rows = tile_rows(w, &w->blocks[b]);
-                ffn_tiles_round(&rows, &wave);
-            }
-        } else {
-            gather_activations(w, thread);
+        const struct tile_wave wave = tile_wave(w, thread);
+        for (int i = 0; i < w->n_tiles; i++) ffn_tiles_round(&w->tiles[i], &wave);
+        gather_activations(w, thread);
 #pragma omp barrier
-            if (w->round_type != ABI_TYPE_F32) round_activations(w, thread);
+        if (w->round_type != ABI_TYPE_F32) {
+            round_activations(w, thread);
+#pragma omp barrier
         }
-#pragma omp barrier
         run_waves(PASS_DOWN, w, thread, tally, up);
     }
 #pragma omp barrier
-    if (w->tiled) {
-        const struct tile_wave wave = tile_wave(w, thread);
-        for (int b = 0; b < w->n_blocks; b++) {
-            const struct tile_rows rows = tile_rows(w, &w->blocks[b]);
-            ffn_tiles_write(&rows, &wave);
-        }
-    } else {
-        write_outputs(w, thread);
-    }
+    const struct tile_wave wave = tile_wave(w, thread);
+    for (int i = 0; i < w->n_tiles; i++) ffn_tiles_write(&w->tiles[i], &wave);
+    write_outputs(w, thread);
 #pragma omp barrier
 }
 
@@ -658,29 +671,8 @@ static void run_set(struct work *w, int thread, struct tally *tally) {
 
 static int by_expert(const void *a, const void *b) {
     const struct ffn_row *x = a, *y = b;
-    if (x->tiled != y->tiled) return x->tiled ? -1 : 1;
     if (x->expert != y->expert) return x->expert < y->expert ? -1 : 1;
     return x->out < y->out ? -1 : x->out > y->out; /* a fixed order: qsort is not stable */
-}
-
-/* Groups rows by expert: first those of experts that have enough of them for tiles. Returns how many those are. */
-static int group_rows(const struct pi_layer *layer, struct ffn_row *rows, int n_rows) {
-    const bool can = n_rows >= ffn_tiles_least_rows() && ffn_tiles_can(layer);
-    int n_tiled = 0;
-    for (int r = 0; r < n_rows; r++) {
-        rows[r].tiled = false;
-        rows[r].rounds = r == 0 || rows[r].x != rows[r - 1].x; /* in a mixture a token's rows come one after the other */
-        rows[r].input = rows[r].rounds ? r : rows[r - 1].input;
-    }
-    if (layer->spec.n_expert > 0) qsort(rows, (size_t)n_rows, sizeof *rows, by_expert);
-    for (int r = 0, end; r < n_rows && can; r = end) {
-        for (end = r + 1; end < n_rows && rows[end].expert == rows[r].expert;) end++;
-        if (end - r < ffn_tiles_least_rows()) continue;
-        for (int k = r; k < end; k++) rows[k].tiled = true;
-        n_tiled += end - r;
-    }
-    if (n_tiled > 0 && n_tiled < n_rows) qsort(rows, (size_t)n_rows, sizeof *rows, by_expert);
-    return n_tiled;
 }
 
 /* What stock rounds the input of down to before its dot products; F32 (no rounding) for types we cannot read back. */
@@ -711,16 +703,15 @@ struct outputs {
     float *rows, **destinations; /* NULL unless there are several sets */
 };
 
-static size_t max_size(size_t a, size_t b) {
-    return a > b ? a : b;
-}
-
-/* What only tiled blocks need. */
-static void lay_out_tiles(struct work *w, size_t n_rows, size_t rows, uint8_t *memory, size_t *at) {
+/* What only tiles need. */
+static void lay_out_tiles(struct work *w, int n_rows, uint8_t *memory, size_t *at) {
     const struct pi_layer *layer = w->layer;
+    const size_t rows = (size_t)w->set_rows, experts = (size_t)(layer->spec.n_expert == 0 ? 1 : layer->spec.n_expert);
+    const size_t most = rows < experts ? rows : experts;
     w->tile_input_size = tile_input_size(layer->spec.n_embd);
-    for (int i = 0; i < w->n_inputs; i++) w->tile_inputs[i] = carve(memory, at, n_rows * w->tile_input_size);
-    w->pairs = carve(memory, at, rows * (size_t)ffn_tiles_pairs(layer) * sizeof *w->pairs);
+    for (int i = 0; i < w->n_inputs; i++) w->tile_inputs[i] = carve(memory, at, (size_t)n_rows * w->tile_input_size);
+    w->tiles = carve(memory, at, most * sizeof *w->tiles);
+    w->some = carve(memory, at, most * (size_t)layer->spec.n_ff);
     w->sums = carve(memory, at, rows * (size_t)ffn_tiles_outputs(layer) * sizeof *w->sums);
     w->tile_memory_size = round64(ffn_tiles_memory(layer));
     w->tile_memory = carve(memory, at, (size_t)w->n_threads * w->tile_memory_size);
@@ -728,21 +719,19 @@ static void lay_out_tiles(struct work *w, size_t n_rows, size_t rows, uint8_t *m
 
 /* Lays the arrays out in memory, or, for NULL, only adds up their size, which is returned. */
 static size_t lay_out(struct work *w, struct outputs *outputs, int n_rows, uint8_t *memory, int32_t **lists,
-                      int32_t **founds) {
+                      int32_t **founds, int64_t **wanted) {
     const struct pi_layer_spec *spec = &w->layer->spec;
-    const size_t n_embd = (size_t)spec->n_embd, n_ff = (size_t)spec->n_ff, plain = (size_t)w->set_rows;
-    const size_t threads = (size_t)w->n_threads, experts = (size_t)(spec->n_expert == 0 ? 1 : spec->n_expert);
-    const size_t tiled = (size_t)(w->n_tiled < TILED_ROWS ? w->n_tiled : TILED_ROWS), rows = max_size(plain, tiled);
-    const size_t tiled_blocks = tiled < experts ? tiled : experts; /* an expert has one in a set */
-    const size_t blocks = max_size(plain, tiled_blocks);
+    const size_t n_embd = (size_t)spec->n_embd, n_ff = (size_t)spec->n_ff, rows = (size_t)w->set_rows;
+    const size_t threads = (size_t)w->n_threads;
     size_t at = 0;
     for (int i = 0; i < w->n_inputs; i++) w->inputs[i] = carve(memory, &at, (size_t)n_rows * w->input_size[i]);
-    w->blocks = carve(memory, &at, blocks * sizeof *w->blocks);
-    w->acc = carve(memory, &at, threads * plain * n_embd * sizeof(float));
+    w->blocks = carve(memory, &at, rows * sizeof *w->blocks);
+    w->acc = carve(memory, &at, threads * rows * n_embd * sizeof(float));
     w->tmp = carve(memory, &at, threads * n_embd * sizeof(float));
     w->wanted = carve(memory, &at, rows * n_ff + 64);
+    w->rounded_stride = !w->predicts ? spec->n_ff : w->can_tile ? ffn_tiles_pairs(w->layer) : 0;
+    w->rounded = carve(memory, &at, rows * (size_t)w->rounded_stride * sizeof(float));
     if (!w->predicts) {
-        w->rounded = carve(memory, &at, plain * n_ff * sizeof(float));
         w->packed_size = round64(abi_row_size(w->round_type, spec->n_ff));
         w->packed = carve(memory, &at, threads * w->packed_size);
     }
@@ -751,19 +740,17 @@ static size_t lay_out(struct work *w, struct outputs *outputs, int n_rows, uint8
         w->z = carve(memory, &at, rows * (size_t)spec->rank * sizeof(float));
         w->zq = carve(memory, &at, rows * w->zq_size);
     }
-    *lists = carve(memory, &at, blocks * n_ff * sizeof(int32_t));
-    *founds = carve(memory, &at, blocks * threads * sizeof(int32_t));
+    *lists = carve(memory, &at, w->most_blocks * n_ff * sizeof(int32_t));
+    *founds = carve(memory, &at, w->most_blocks * threads * sizeof(int32_t));
+    *wanted = carve(memory, &at, w->most_blocks * threads * sizeof(int64_t));
     w->late = carve(memory, &at, threads * n_ff * sizeof(int32_t));
     if (w->store != NULL) {
         w->units = carve(memory, &at, w->store->spec.n_units * sizeof(int32_t));
         if (n_rows > FFN_BLOCK_ROWS) w->marks = carve(memory, &at, w->store->spec.n_units);
     }
-    if (w->n_tiled > 0) {
-        w->some = carve(memory, &at, tiled_blocks * n_ff);
-        lay_out_tiles(w, (size_t)n_rows, tiled, memory, &at);
-    }
-    if ((size_t)w->n_tiled > tiled || (size_t)(n_rows - w->n_tiled) > plain || (w->n_tiled > 0 && w->n_tiled < n_rows)) {
-        outputs->rows = carve(memory, &at, (size_t)n_rows * n_embd * sizeof(float)); /* several sets */
+    if (w->can_tile) lay_out_tiles(w, n_rows, memory, &at);
+    if (n_rows > w->set_rows) {
+        outputs->rows = carve(memory, &at, (size_t)n_rows * n_embd * sizeof(float));
         outputs->destinations = carve(memory, &at, (size_t)n_rows * sizeof(float *));
     }
     return at;
@@ -771,26 +758,20 @@ static size_t lay_out(struct work *w, struct outputs *outputs, int n_rows, uint8
 
 /* Forms the blocks of the next set, which begins at row `done`. Returns where it ends. Thread 0 only. A set is of whole
  * blocks, so that blocks, and with them the order of sums, do not depend on how large sets are. */
-static int form_set(struct work *w, struct ffn_row *rows, int n_rows, int done, int32_t *lists, int32_t *founds) {
-    const int64_t n_ff = w->layer->spec.n_ff;
-    w->n_blocks = w->n_rows = 0;
-    w->tiled = done < w->n_tiled;
-    if (w->tiled) n_rows = w->n_tiled;
-    const int most = w->tiled ? TILED_ROWS : w->set_rows, block_rows = w->tiled ? TILED_ROWS : FFN_BLOCK_ROWS;
-    while (done < n_rows && w->n_rows < most) {
+static int form_set(struct work *w, struct ffn_row *rows, int n_rows, int done, int32_t *lists, int32_t *founds,
+                    int64_t *wanted) {
+    w->n_blocks = w->n_rows = w->n_tiles = 0;
+    while (done < n_rows) {
         int n = 1;
-        while (n < block_rows && done + n < n_rows && rows[done + n].expert == rows[done].expert) n++;
-        if (w->n_rows + n > most) {
-            if (!w->tiled) break; /* sums of plain blocks depend on their rows; those of tiled ones do not */
-            n = most - w->n_rows;
-        }
+        while (n < FFN_BLOCK_ROWS && done + n < n_rows && rows[done + n].expert == rows[done].expert) n++;
+        if (w->n_rows + n > w->set_rows) break;
         w->blocks[w->n_blocks] = (struct block){.rows = rows + done,
                                                 .first = w->n_rows,
                                                 .n_rows = n,
                                                 .turn = w->turn++,
-                                                .list = lists + w->n_blocks * n_ff,
+                                                .list = lists + (int64_t)w->n_blocks * w->layer->spec.n_ff,
                                                 .found = founds + (int64_t)w->n_blocks * w->n_threads,
-                                                .some = w->tiled ? w->some + w->n_blocks * n_ff : NULL};
+                                                .wanted = wanted + (int64_t)w->n_blocks * w->n_threads};
         w->n_blocks++;
         w->n_rows += n;
         done += n;
@@ -798,26 +779,28 @@ static int form_set(struct work *w, struct ffn_row *rows, int n_rows, int done, 
     return done;
 }
 
-/* Rounds x once per token and type, and packs it for tiles. */
-static void round_inputs(struct work *w, const struct ffn_row *rows, int n_rows) {
+/* Rounds x once per token and type, and packs it for tiles. In a mixture a token's rows share their x, and come one after
+ * the other. */
+static void round_inputs(struct work *w, struct ffn_row *rows, int n_rows) {
     const struct pi_layer_spec *spec = &w->layer->spec;
+    for (int r = 0; r < n_rows; r++) rows[r].input = r > 0 && rows[r].x == rows[r - 1].x ? rows[r - 1].input : r;
     for (int i = 0; i < w->n_inputs; i++) {
         const bool gate = spec->gate_name != NULL && i == w->gate_input, up = spec->up_name != NULL && i == w->up_input;
-        const bool packs = w->n_tiled > 0 && (gate || up);
+        const bool packs = w->can_tile && (gate || up);
 #pragma omp parallel for num_threads(w->n_threads) if (n_rows > 8) schedule(static)
         for (int r = 0; r < n_rows; r++) {
-            if (!rows[r].rounds) continue;
-            uint8_t *to = w->inputs[i] + (size_t)rows[r].input * w->input_size[i];
+            if (rows[r].input != r) continue;
+            uint8_t *to = w->inputs[i] + (size_t)r * w->input_size[i];
             kernel_round_input(w->input_type[i], spec->n_embd, rows[r].x, to);
             if (packs) {
                 tile_pack_input(gate ? spec->gate_type : spec->up_type, spec->n_embd, to,
-                                w->tile_inputs[i] + (size_t)rows[r].input * w->tile_input_size);
+                                w->tile_inputs[i] + (size_t)r * w->tile_input_size);
             }
         }
     }
 }
 
-static void start(struct work *w, const struct pi_layer *layer, struct ffn_row *rows, int n_rows, bool dense,
+static void start(struct work *w, const struct pi_layer *layer, const struct ffn_row *rows, int n_rows, bool dense,
                   int n_threads) {
     const struct pi_layer_spec *spec = &layer->spec;
     *w = (struct work){.layer = layer,
@@ -827,9 +810,11 @@ static void start(struct work *w, const struct pi_layer *layer, struct ffn_row *
                        .round_type = rounding_type(layer),
                        .n_threads = n_threads,
                        .store = layer->store};
-    const int most = w->store != NULL ? STREAM_ROWS : FFN_BLOCK_ROWS;
-    w->n_tiled = group_rows(layer, rows, n_rows);
-    w->set_rows = n_rows - w->n_tiled < most ? n_rows - w->n_tiled : most;
+    w->can_tile = n_rows >= ffn_tiles_least_wanted() && ffn_tiles_can(layer); /* no row wants a neuron more than once */
+    const int most = w->store != NULL || w->can_tile ? SET_ROWS : FFN_BLOCK_ROWS;
+    w->set_rows = n_rows < most ? n_rows : most;
+    const int64_t n_experts = spec->n_expert == 0 ? 1 : spec->n_expert, full = w->set_rows / FFN_BLOCK_ROWS + 1;
+    w->most_blocks = (size_t)(w->set_rows < n_experts + full ? w->set_rows : n_experts + full);
     if (rows[0].x == NULL) return;
     if (spec->gate_name != NULL) w->gate_input = add_input(w, spec->gate_type);
     if (spec->up_name != NULL) w->up_input = add_input(w, spec->up_type);
@@ -843,13 +828,15 @@ enum ffn_result ffn_sparse(const struct pi_layer *layer, struct ffn_row *rows, i
     struct work work;
     struct outputs outputs = {0};
     int32_t *lists, *founds;
+    int64_t *wanted;
     if (n_rows <= 0) return FFN_OK;
     start(&work, layer, rows, n_rows, dense, n_threads);
-    uint8_t *memory = ffn_scratch_reserve(scratch, lay_out(&work, &outputs, n_rows, NULL, &lists, &founds));
+    uint8_t *memory = ffn_scratch_reserve(scratch, lay_out(&work, &outputs, n_rows, NULL, &lists, &founds, &wanted));
     if (memory == NULL) return FFN_NO_MEMORY;
-    (void)lay_out(&work, &outputs, n_rows, memory, &lists, &founds);
+    (void)lay_out(&work, &outputs, n_rows, memory, &lists, &founds, &wanted);
     if (work.marks != NULL) memset(work.marks, 0, layer->store->spec.n_units);
     if (work.n_inputs > 0) round_inputs(&work, rows, n_rows);
+    if (layer->spec.n_expert > 0) qsort(rows, (size_t)n_rows, sizeof *rows, by_expert);
     /* Several sets would overwrite inputs of the later ones when an output lies over an input, so then outputs are
      * collected in scratch and copied at the very end. */
     for (int r = 0; r < n_rows && outputs.rows != NULL; r++) {
@@ -866,7 +853,7 @@ enum ffn_result ffn_sparse(const struct pi_layer *layer, struct ffn_row *rows, i
         if (thread == 0) work.n_threads = omp_get_num_threads();
         for (bool more = true; more;) {
 #pragma omp barrier
-            if (thread == 0) done = form_set(&work, rows, n_rows, done, lists, founds);
+            if (thread == 0) done = form_set(&work, rows, n_rows, done, lists, founds, wanted);
 #pragma omp barrier
             more = done < n_rows; /* before the next barrier, after which thread 0 goes on */
             run_set(&work, thread, &tally);

@@ -30,9 +30,7 @@ struct ffn_row {
                         a predictor selects (all rows alike) */
     float *h;        /* [n_ff] receives the activation, zeros included; NULL when only down is to be computed */
     float *out;      /* [n_embd] receives the FFN's output */
-    int input;       /* for ffn_sparse() itself: where x is, rounded; */
-    bool rounds;     /* this row rounds it; */
-    bool tiled;      /* its expert's rows are computed in tiles */
+    int input;       /* for ffn_sparse() itself: where x is, rounded */
 };
 
 /* Memory that evaluations reuse; grows, never shrinks. Zero-initialise, one per backend instance. */

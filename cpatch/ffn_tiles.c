@@ -9,24 +9,24 @@
 enum {
     ROWS = 64, /* neurons of a tile of gate and up: bits of a mask */
     NEURONS = 2 * TILE_PAIRS,
-    LEAST_ROWS = 16,
+    LEAST_WANTED = 12, /* measured: docs/BENCHMARKS.md */
 };
 
-static atomic_int forced_rows;
+static atomic_int forced_wanted;
 
-int ffn_tiles_least_rows(void) {
-    const int forced = atomic_load_explicit(&forced_rows, memory_order_relaxed);
-    return forced > 0 ? forced : LEAST_ROWS;
+int ffn_tiles_least_wanted(void) {
+    const int forced = atomic_load_explicit(&forced_wanted, memory_order_relaxed);
+    return forced > 0 ? forced : LEAST_WANTED;
 }
 
 void ffn_tiles_force(int n) {
-    atomic_store_explicit(&forced_rows, n, memory_order_relaxed);
+    atomic_store_explicit(&forced_wanted, n, memory_order_relaxed);
 }
 
 bool ffn_tiles_can(const struct pi_layer *layer) {
     const struct pi_layer_spec *spec = &layer->spec;
     const int rounding = ggml.ggml_get_type_traits_cpu(spec->down_source_type)->vec_dot_type;
-    if (!tile_available() || spec->n_embd % 32 != 0) return false;
+    if (!tile_available() || spec->n_embd % 32 != 0 || spec->n_ff < TILE_PAIRS) return false; /* pairs: ffn.c's room */
     if (spec->gate_name != NULL && !tile_has_type(spec->gate_type)) return false;
     if (spec->up_name != NULL && !tile_has_type(spec->up_type)) return false;
     if (rounding == ABI_TYPE_F32 || rounding == ABI_TYPE_F16) return false; /* stock keeps more bits than bfloat16 has */
@@ -65,6 +65,13 @@ size_t ffn_tiles_memory(const struct pi_layer *layer) {
                       (spec->up_name != NULL ? tile_size(layer, spec->up_type) : 0);
     const size_t down = (size_t)TILE_PAIRS * TILE_WIDTH * sizeof(uint32_t);
     return max_size(max_size(up, down), rounding_size(layer));
+}
+
+void ffn_tiles_clear(const struct tile_rows *t, int thread, int n_threads) {
+    const int64_t begin = (int64_t)t->n_rows * thread / n_threads, n = (int64_t)t->n_rows * (thread + 1) / n_threads - begin;
+    const int64_t pairs = ffn_tiles_pairs(t->layer), outputs = ffn_tiles_outputs(t->layer);
+    memset(t->pairs + begin * pairs, 0, (size_t)(n * pairs) * sizeof *t->pairs);
+    memset(t->sums + begin * outputs, 0, (size_t)(n * outputs) * sizeof *t->sums);
 }
 
 /* A neuron's bundle, waited for where it is streamed; NULL when its read failed. */

@@ -8,7 +8,7 @@
 
 #include "ffn.h"
 
-/* The rows of one expert. Zero-initialised fields are said so. */
+/* The rows of one expert. */
 struct tile_rows {
     const struct pi_layer *layer;
     enum pi_activation activation;
@@ -20,8 +20,8 @@ struct tile_rows {
     const uint8_t *some;      /* [n_ff] wanted by some row */
     const uint8_t *gate_inputs, *up_inputs; /* packed inputs, by ffn_row.input, */
     size_t input_size;        /* and their size */
-    uint32_t *pairs;          /* [n_rows][ffn_tiles_pairs()] activations of two neurons each; zero-initialised */
-    float *sums;              /* [n_rows][ffn_tiles_outputs()] down's output, tile by tile; zero-initialised */
+    uint32_t *pairs;          /* [n_rows][ffn_tiles_pairs()] activations of two neurons each; cleared */
+    float *sums;              /* [n_rows][ffn_tiles_outputs()] down's output, tile by tile; cleared */
     atomic_int *failed;       /* set when a bundle could not be read */
 };
 
@@ -39,6 +39,9 @@ int64_t ffn_tiles_pairs(const struct pi_layer *layer);
 int64_t ffn_tiles_outputs(const struct pi_layer *layer);
 size_t ffn_tiles_memory(const struct pi_layer *layer);
 
+/* Zeroes the thread's share of pairs and sums. */
+void ffn_tiles_clear(const struct tile_rows *t, int thread, int n_threads);
+
 /* The activations of wanted neurons, into ffn_row.h (and pairs, where nothing is rounded first). Adds to the counts: of
  * activations that are not zero, and, where all are computed, of deciding products that are positive. */
 void ffn_tiles_up(const struct tile_rows *t, const struct tile_wave *wave, uint64_t *fired, uint64_t *positive);
@@ -52,8 +55,9 @@ void ffn_tiles_down(const struct tile_rows *t, const struct tile_wave *wave);
 /* Copies sums to ffn_row.out. */
 void ffn_tiles_write(const struct tile_rows *t, const struct tile_wave *wave);
 
-/* From how many rows of an expert on tiles are used; n: from now on, for tests; 0: the default. */
-int ffn_tiles_least_rows(void);
+/* How many rows must want a neuron, on average, for tiles to be faster: a neuron is unpacked once for all of them. n: from
+ * now on, for tests; 0: the default. */
+int ffn_tiles_least_wanted(void);
 void ffn_tiles_force(int n);
 
 #endif

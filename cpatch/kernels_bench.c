@@ -80,8 +80,8 @@ double pi_read_seconds(const void *buffer, int64_t size, int n_threads) {
     return all == 1 ? -1.0 : end - start; /* the sum has to be wanted by somebody */
 }
 
-void pi_tiles_force(int least_rows, float dense_share) {
-    ffn_tiles_force(least_rows);
+void pi_tiles_force(int least_wanted, float dense_share) {
+    ffn_tiles_force(least_wanted);
     tile_force_dense_share(dense_share);
 }
 

@@ -20,9 +20,9 @@ void pi_kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_
 void pi_kernel_axpys_outputs_scaled(int64_t n, const uint8_t *col, const uint16_t *scales, const float *a,
                                     float *const *ys, int n_y, float *tmp);
 
-/* Tiles (ffn_tiles.h, tiles.h), for tests: from how many rows of an expert on they are used, 0 for the default, and the
- * share from which their dense forms are: 0 always, 2 never, negative as measured. */
-void pi_tiles_force(int least_rows, float dense_share);
+/* Tiles (ffn_tiles.h, tiles.h), for tests: how many rows must want a neuron on average for them to be used, 0 for
+ * the default, and the share from which their dense forms are: 0 always, 2 never, negative as measured. */
+void pi_tiles_force(int least_wanted, float dense_share);
 
 enum pi_kernel_op { PI_KERNEL_DOTS = 0, PI_KERNEL_AXPYS = 1 };
 
