@@ -9,7 +9,8 @@
 enum {
     ROWS = 64, /* neurons of a tile of gate and up: bits of a mask */
     NEURONS = 2 * TILE_PAIRS,
-    LEAST_WANTED = 12, /* measured: docs/BENCHMARKS.md */
+    AHEAD = 16, /* neurons */
+    LEAST_WANTED = 5, /* measured: docs/BENCHMARKS.md */
 };
 
 static atomic_int forced_wanted;
@@ -251,6 +252,18 @@ static struct share share_of(const struct tile_rows *t, const struct tile_wave *
     return share;
 }
 
+/* Asks for the lines that pack_pair() will read a little later: they are few, and far from each other. */
+static void fetch_ahead(const struct tile_rows *t, const struct tile_wave *wave, int64_t j, int64_t first, int width) {
+    const struct pi_layer_spec *spec = &t->layer->spec;
+    if (t->layer->store != NULL) return; /* it may not be there yet */
+    for (int i = 0; i < 2; i++) {
+        if (!in_wave(t, wave, j + i)) continue;
+        const uint8_t *at = pi_bundle(t->layer, t->expert, j + i) + spec->down_offset + abi_row_size(spec->down_type, first);
+        const size_t size = abi_row_size(spec->down_type, width);
+        for (size_t k = 0; k < size + 64; k += 64) __builtin_prefetch(at + k);
+    }
+}
+
 /* The columns of two neurons, their outputs from `first` on. False: a read failed. */
 static bool pack_pair(const struct tile_rows *t, const struct tile_wave *wave, int64_t j, int64_t first, int width, uint32_t *to) {
     const struct pi_layer *layer = t->layer;
@@ -258,6 +271,7 @@ static bool pack_pair(const struct tile_rows *t, const struct tile_wave *wave, i
     const uint8_t *columns[2] = {NULL, NULL};
     const uint16_t *scales[2] = {NULL, NULL};
     _Alignas(64) float tmp[2 * TILE_WIDTH];
+    fetch_ahead(t, wave, j + AHEAD, first, width);
     for (int i = 0; i < 2; i++) {
         if (!in_wave(t, wave, j + i)) continue;
         const uint8_t *own = bundle(t, j + i);

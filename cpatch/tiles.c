@@ -339,7 +339,10 @@ INLINE void pack_blocks(int type, const uint8_t *even, const uint8_t *odd, int w
 void tile_pack_pair(int type, const uint8_t *even, const uint8_t *odd, const uint16_t *even_scales,
                     const uint16_t *odd_scales, int width, uint32_t *packed, float *tmp) {
     memset(packed + width, 0, (size_t)(TILE_WIDTH - width) * sizeof *packed);
-    if (even != NULL && odd != NULL && width % 32 == 0 && (type == K_Q4_0 || type == K_Q8_0)) {
+    if (width % 32 == 0 && (type == K_Q4_0 || type == K_Q8_0)) {
+        static const uint8_t zeros[TILE_WIDTH / 32 * Q8_0_SIZE]; /* scales of zero */
+        if (even == NULL) even = zeros;
+        if (odd == NULL) odd = zeros;
         if (type == K_Q4_0) pack_blocks(K_Q4_0, even, odd, width, packed);
         else pack_blocks(K_Q8_0, even, odd, width, packed);
         return;
