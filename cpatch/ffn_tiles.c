@@ -17,7 +17,7 @@ static atomic_int forced_wanted;
 
 int ffn_tiles_least_wanted(void) {
     const int forced = atomic_load_explicit(&forced_wanted, memory_order_relaxed);
-    return forced > 0 ? forced : LEAST_WANTED;
+    return forced == 0 ? LEAST_WANTED : forced < 0 ? 0 : forced;
 }
 
 void ffn_tiles_force(int n) {

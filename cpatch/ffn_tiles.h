@@ -56,7 +56,7 @@ void ffn_tiles_down(const struct tile_rows *t, const struct tile_wave *wave);
 void ffn_tiles_write(const struct tile_rows *t, const struct tile_wave *wave);
 
 /* How many rows must want a neuron, on average, for tiles to be faster: a neuron is unpacked once for all of them. n: from
- * now on, for tests; 0: the default. */
+ * now on, for tests; 0: the default; negative: always. */
 int ffn_tiles_least_wanted(void);
 void ffn_tiles_force(int n);
 

@@ -85,6 +85,10 @@ void pi_tiles_force(int least_wanted, float dense_share) {
     tile_force_dense_share(dense_share);
 }
 
+bool pi_tiles_available(void) {
+    return tile_available();
+}
+
 /* ---- kernels.h, for Python ------------------------------------------------------------------------------------ */
 
 const char *pi_kernel_level(void) {

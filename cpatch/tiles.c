@@ -511,10 +511,38 @@ void tile_force_dense_share(float share) {
     atomic_store_explicit(&forced_share, share, memory_order_relaxed);
 }
 
-#else /* another architecture: ffn_tiles_can() says no, so nothing else is called */
+#else /* another architecture: tile_available() says no, and nothing else is ever called */
 
 bool tile_available(void) { return false; }
 bool tile_has_type(int type) { (void)type; return false; }
-void tile_force_dense_share(float share) { (void)share; }
+size_t tile_row_size(int type, int64_t n) { (void)type, (void)n; return 0; }
 size_t tile_input_size(int64_t n) { (void)n; return 0; }
+void tile_pack_row(int type, int64_t n, const uint8_t *row, uint8_t *packed) { (void)type, (void)n, (void)row, (void)packed; }
+void tile_pack_input(int type, int64_t n, const uint8_t *xq, uint8_t *packed) { (void)type, (void)n, (void)xq, (void)packed; }
+void tile_dots(int type, int64_t n, const uint8_t *const *rows, int n_rows, const uint8_t *x, float *out) {
+    (void)type, (void)n, (void)rows, (void)n_rows, (void)x, (void)out;
+}
+void tile_products(int type, int64_t n, const uint8_t *rows, int n_rows, const uint8_t *const *xs, int n_xs, float *out) {
+    (void)type, (void)n, (void)rows, (void)n_rows, (void)xs, (void)n_xs, (void)out;
+}
+uint64_t tile_mask(const uint8_t bytes[64]) { (void)bytes; return 0; }
+void tile_pack_pair(int type, const uint8_t *even, const uint8_t *odd, const uint16_t *even_scales,
+                    const uint16_t *odd_scales, int width, uint32_t *packed, float *tmp) {
+    (void)type, (void)even, (void)odd, (void)even_scales, (void)odd_scales, (void)width, (void)packed, (void)tmp;
+}
+uint16_t tile_bf16(float value) { (void)value; return 0; }
+void tile_pack_activations(const float *values, int64_t n, uint32_t *pairs) { (void)values, (void)n, (void)pairs; }
+int tile_list_pairs(const uint32_t *pairs, uint32_t *which, uint32_t *activations) {
+    (void)pairs, (void)which, (void)activations;
+    return 0;
+}
+void tile_sums_sparse(const uint32_t *tile, const uint32_t *which, const uint32_t *activations, int n, float *y) {
+    (void)tile, (void)which, (void)activations, (void)n, (void)y;
+}
+void tile_sums_dense(const uint32_t *tile, const uint32_t *const *pairs, float *y, int64_t stride) {
+    (void)tile, (void)pairs, (void)y, (void)stride;
+}
+float tile_dense_share_dots(void) { return 1.0f; }
+float tile_dense_share_sums(void) { return 1.0f; }
+void tile_force_dense_share(float share) { (void)share; }
 #endif

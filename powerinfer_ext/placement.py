@@ -30,7 +30,7 @@ TILE_BYTES = 1 << 18  # about what a unit of a dense matrix has: reads of this s
 DEPTH = 128  # reads in flight
 GAP = 16 << 10  # bytes cheaper to read through than to skip, where the device cannot be measured
 RUN = 64 << 10  # longest read of several neurons
-STREAM_ROWS = 256  # rows computed together when bundles are streamed (cpatch/ffn.c)
+STREAM_ROWS = 256  # rows computed together when bundles are streamed (SET_ROWS in cpatch/ffn.c)
 _LEAST_NEURONS = 64  # slots of a layer
 _HOT_SHARE = 0.25  # of a layer's neurons: PowerInfer (arXiv 2312.12456) finds 26 % to make 80 % of the firings
 _SPARE_TILES = 12  # slots that tiles pass through (cpatch/slab.c)
@@ -209,9 +209,9 @@ def _stream(
     sources = {tensor.name: tensor for tensor in model.tensors()}
     deciders = _decider_matrices(everything.bundles, sources)
     staging = DEPTH * (RUN + 8192)
-    # cpatch/ffn.c: per row two accumulators, rounded activations, what is wanted and a list
+    # cpatch/ffn.c: per row two accumulators, rounded activations, what is wanted and a list; for tiles sums and an input
     work = [
-        (8 * b.layer.n_embd + 9 * b.layer.n_ff) * (STREAM_ROWS if b.layer.n_expert else min(STREAM_ROWS, context.rows))
+        (15 * b.layer.n_embd + 9 * b.layer.n_ff) * (STREAM_ROWS if b.layer.n_expert else min(STREAM_ROWS, context.rows))
         for b in everything.bundles
     ]
     parts = {**parts, "streaming": staging + max(work, default=0)}
