@@ -209,7 +209,7 @@ def _stream(
     sources = {tensor.name: tensor for tensor in model.tensors()}
     deciders = _decider_matrices(everything.bundles, sources)
     staging = DEPTH * (RUN + 8192)
-    # cpatch/ffn.c: per row two accumulators, rounded activations, what is wanted and a list; for tiles sums and an input
+    # cpatch/ffn.c: per row two accumulators, rounded activations, what is wanted and a list; tiles: sums and an input
     work = [
         (15 * b.layer.n_embd + 9 * b.layer.n_ff) * (STREAM_ROWS if b.layer.n_expert else min(STREAM_ROWS, context.rows))
         for b in everything.bundles

@@ -1,5 +1,5 @@
-"""FFNs of many tokens in tiles (cpatch/ffn_tiles.c) against float64 numpy: every weight type and family, with a bound on
-the error; and the promise that forms, threads and cuts into sets change no bit."""
+"""FFNs of many tokens in tiles (cpatch/ffn_tiles.c) against float64 numpy: every weight type and family, with a
+bound on the error; and the promise that forms, threads and cuts into sets change no bit."""
 
 from __future__ import annotations
 
