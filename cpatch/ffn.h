@@ -1,8 +1,8 @@
 /* ffn.h - evaluating FFN layers over neuron bundles.
  *
  * The unit of work is a row: one token, or in a mixture one (token, expert) pair. Rows of the same expert are
- * computed together in blocks, neuron by neuron, so that a bundle is read once for all rows of the block that want
- * it. Work is split over threads by neurons; each thread sums into its own accumulators, which are added up at the
+ * computed together in blocks, some neurons at a time, so that a bundle is read once for all rows of the block that
+ * want it; many rows with many neurons in common go through tiles (ffn_tiles.h). Work is split over threads by neurons; each thread sums into its own accumulators, which are added up at the
  * end. For a given thread count the order of every sum is fixed, so results are reproducible bit for bit, and the same
  * whether bundles are all in memory or streamed through a store, whatever its size.
  *

@@ -8,10 +8,10 @@
  * kernel_round_input() makes of them: bytes, scales, and the blocks' sums, negated, by which a bias of the weights (which
  * the instruction wants without a sign) is taken off before anything is rounded.
  *
- * Sums of columns (down). Columns and activations are rounded to bfloat16 (8 bits: no more than a third of the error that
- * stock's rounding of the activations to 8 bits with a shared scale makes) and added pairwise by instructions that do two
- * fused multiply-adds one after the other. A pair is neurons 2 k and 2 k + 1. Whether pairs whose activations are both
- * zero are left out does not change a bit.
+ * Sums of columns (down). Columns and activations are rounded to bfloat16: that moves the output by 0.24 %, where stock's
+ * rounding to 8 bits with shared scales moves it by 0.7 to 0.9 % (random data, tests/test_tiles.py bounds both). They are
+ * added pairwise, by instructions that do two fused multiply-adds one after the other; a pair is neurons 2 k and 2 k + 1.
+ * Whether pairs whose activations are both zero are left out does not change a bit.
  *
  * Every routine comes in a sparse and a dense form with the same bits: which of them is used for a tile is a matter of
  * speed alone (tile_dense_share). All need AVX-512 with VNNI and BF16. */
