@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -66,6 +67,13 @@ def measure_apart(path: str, engine: str, rows: list[int], tiles: str) -> dict[i
     return {int(n): speed for n, speed in json.loads(done.stdout).items()}
 
 
+def machine() -> str:
+    """The processor's name and how many cores there are to use."""
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
+    return f"{', '.join(sorted(names)) or 'unknown'}, {len(os.sched_getaffinity(0))} cores"
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -91,7 +99,8 @@ def main() -> None:
         line = {"rows": n} | {engine: round(speeds[n], 2) for engine, speeds in best.items()}
         table.append(line | ({"ratio": round(best["sparse"][n] / best["stock"][n], 3)} if "stock" in best else {}))
     if options.json:
-        print(json.dumps({"command": "python -m bench.batches " + " ".join(sys.argv[1:]), "batches": table}, indent=1))
+        command = "python -m bench.batches " + " ".join(sys.argv[1:])
+        print(json.dumps({"command": command, "machine": machine(), "batches": table}, indent=1))
         return
     for line in table:
         print("  ".join(f"{name} {value}" for name, value in line.items()))
