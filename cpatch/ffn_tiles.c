@@ -27,6 +27,10 @@ void ffn_tiles_force(int n) {
 bool ffn_tiles_can(const struct pi_layer *layer) {
     const struct pi_layer_spec *spec = &layer->spec;
     const int rounding = ggml.ggml_get_type_traits_cpu(spec->down_source_type)->vec_dot_type;
+    /* Where down's columns are the source's own numbers, exact answers are stock's to within float32, and stay so. */
+    const bool lossless = spec->down_type == ABI_TYPE_I8 || spec->down_type == ABI_TYPE_F32 || spec->down_type == ABI_TYPE_F16 ||
+                          spec->down_type == ABI_TYPE_BF16;
+    if (lossless && spec->predictor == PI_PREDICT_NONE) return false;
     if (!tile_available() || spec->n_embd % 32 != 0 || spec->n_ff < TILE_PAIRS) return false; /* pairs: ffn.c's room */
     if (spec->gate_name != NULL && !tile_has_type(spec->gate_type)) return false;
     if (spec->up_name != NULL && !tile_has_type(spec->up_type)) return false;

@@ -212,8 +212,9 @@ def test_columns_of_every_type_are_added(tmp_path: Path, down: str, reordered: b
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_predicted_layers_compute_the_deciding_product_too(tmp_path: Path, gated: bool) -> None:
-    layer = open_layer(tmp_path, "Q4_0", "Q4_0", n_embd=512, n_ff=320, gated=gated, activation=RELU2, predicted=True)
+@pytest.mark.parametrize("down", TYPES)
+def test_predicted_layers_compute_the_deciding_product_too(tmp_path: Path, gated: bool, down: str) -> None:
+    layer = open_layer(tmp_path, "Q4_0", down, n_embd=512, n_ff=320, gated=gated, activation=RELU2, predicted=True)
     check(layer, make_inputs(layer, 50, 0.3))
 
 
