@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "BENCHMARKS.md"
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- results: python -m bench.tables -->", "<!-- end of results -->"
+BATCHES_BEGIN, BATCHES_END = "<!-- batches: python -m bench.tables -->", "<!-- end of batches -->"
 
 HEAD = (
     "| result (below) | memory | engine | prefill tokens/s | decode tokens/s | decode against stock | limit of the "
@@ -121,19 +122,43 @@ def _density(result: dict[str, Any]) -> str:
     return "" if density is None else f"{density:.1%} of the neurons were computed."
 
 
+def batches(paths: Iterable[Path]) -> str:
+    """The table of bench.batches' results, with the commands below it."""
+    table = ["| result | tokens | stock tokens/s | ours tokens/s | against stock |", "|---|---:|---:|---:|---:|"]
+    commands = []
+    for path in paths:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for line in result["batches"]:
+            table.append(
+                f"| {path.stem} | {line['rows']} | {line['stock']:.1f} | {line['sparse']:.1f} | {line['ratio']:.2f}x |"
+            )
+        commands.append(f"- `{path.name}` ({result['time']}, {result['machine']}): `{result['command']}`")
+    return "\n".join([*table, "", *commands]) + "\n"
+
+
 def filled(document: str, paths: Iterable[Path]) -> str:
-    """`document` with what stands between its markers replaced. ValueError when it has no markers."""
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    """`document` with the results between its markers replaced. ValueError when it has no markers."""
+    return _between(document, BEGIN, END, section(paths))
+
+
+def filled_batches(document: str, paths: Iterable[Path]) -> str:
+    """The same with the results of bench.batches."""
+    return _between(document, BATCHES_BEGIN, BATCHES_END, batches(paths))
+
+
+def _between(document: str, first: str, last: str, text: str) -> str:
+    before, begin, rest = document.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ValueError(f"there is no line {BEGIN!r} with a line {END!r} after it")
-    return f"{before}{BEGIN}\n\n{section(paths)}\n{END}{after}"
+        raise ValueError(f"there is no line {first!r} with a line {last!r} after it")
+    return f"{before}{first}\n\n{text}\n{last}{after}"
 
 
 def main() -> int:
     """Fill the document, or check it; returns the exit code."""
     document = DOCUMENT.read_text(encoding="utf-8")
     wanted = filled(document, sorted(RESULTS.glob("*.json")))
+    wanted = filled_batches(wanted, sorted((RESULTS / "batches").glob("*.json")))
     if "--check" in sys.argv[1:]:
         return int(wanted != document)
     if wanted != document:

@@ -2,7 +2,9 @@
 #define _GNU_SOURCE
 #include "ffn.h"
 
+#include "ffn_tiles.h"
 #include "kernels.h"
+#include "tiles.h"
 
 #include <math.h>
 #include <omp.h>
@@ -13,7 +15,7 @@ enum {
     CHUNK = 8,         /* neurons a thread takes at a time: small, because hot neurons lie together */
     BATCH = 64,        /* neurons handed to a kernel at once */
     TILE = 256,        /* neurons scanned at a time */
-    STREAM_ROWS = 256, /* rows computed together when bundles are streamed: each is then read once for all of them */
+    SET_ROWS = 256,    /* rows computed together where bundles are streamed, and read once for all, or may be in tiles */
     MAX_INPUTS = 3     /* types that x is rounded to: for gate, up and the predictor */
 };
 
@@ -26,6 +28,8 @@ struct block {
     int turn;       /* which thread begins, so that they take turns with the longer share */
     int32_t *list;  /* [n_ff] */
     int32_t *found; /* [n_threads] */
+    int64_t *wanted; /* [n_threads] how many (row, neuron) pairs those are */
+    bool tiled;     /* computed with its neighbours, in one of work.tiles */
 };
 
 struct tally {
@@ -44,14 +48,26 @@ struct work {
     int n_inputs, input_type[MAX_INPUTS]; /* x, rounded to the types that are wanted */
     size_t input_size[MAX_INPUTS];
     uint8_t *inputs[MAX_INPUTS]; /* [rows][input_size], by ffn_row.input */
+    uint8_t *tile_inputs[MAX_INPUTS]; /* the same, packed for tiles; NULL where nothing is computed in tiles */
+    size_t tile_input_size;
     int gate_input, up_input, pred_input; /* which of the types */
 
     struct block *blocks; /* of the set that is being computed */
     int n_blocks, n_rows, set_rows, turn;
+    size_t most_blocks;   /* of a set */
+    bool can_tile;
+    struct tile_rows *tiles; /* of this set: blocks of one expert that are computed in tiles (ffn_tiles.h) */
+    int n_tiles;
+    uint8_t *some;        /* [experts of a set][n_ff] neurons that tiles want */
+    float *sums;          /* [set_rows][ffn_tiles_outputs()] */
+    uint8_t *tile_memory; /* [threads][tile_memory_size] */
+    size_t tile_memory_size;
+
     float *acc;           /* [threads][set_rows][n_embd] */
     float *tmp;           /* [threads][n_embd] one dequantised column */
     uint8_t *wanted;      /* [set_rows][n_ff] selected (row, neuron) pairs */
-    float *rounded;       /* [set_rows][n_ff] activations as stock would round them, in the source's order */
+    float *rounded;       /* [set_rows][rounded_stride] activations as stock would round them, in the source's order; in */
+    int64_t rounded_stride; /* tiles: pairs of activations */
     uint8_t *packed;      /* [threads][packed_size] one row of activations on its way through the rounding type */
     size_t packed_size;
     float *z;             /* [set_rows][rank] the predictor's hidden layer, */
@@ -120,8 +136,7 @@ static int64_t source_index(const struct pi_layer *layer, int expert, int64_t j)
     return layer->order == NULL ? j : layer->order[pi_unit(layer, expert, j)];
 }
 
-/* The row of scales that neuron j shares with its neighbours in the source; only where down_type is I8. */
-static const uint16_t *scales_of(const struct pi_layer *layer, int expert, int64_t j) {
+const uint16_t *ffn_scales(const struct pi_layer *layer, int expert, int64_t j) {
     const int64_t groups = layer->spec.n_ff / PI_SCALE_GROUP;
     return layer->scales + (expert * groups + source_index(layer, expert, j) / PI_SCALE_GROUP) * layer->spec.n_embd;
 }
@@ -130,7 +145,7 @@ void ffn_column(const struct pi_layer *layer, int expert, int64_t j, float *y) {
     const struct pi_layer_spec *spec = &layer->spec;
     const uint8_t *column = pi_bundle(layer, expert, j) + spec->down_offset;
     if (spec->down_type != ABI_TYPE_I8) kernel_dequantize(spec->down_type, spec->n_embd, column, y);
-    else kernel_dequantize_scaled(spec->n_embd, (const int8_t *)column, scales_of(layer, expert, j), y);
+    else kernel_dequantize_scaled(spec->n_embd, (const int8_t *)column, ffn_scales(layer, expert, j), y);
 }
 
 /* The bundle of neuron j, waited for where it is streamed; NULL when its read failed. */
@@ -215,14 +230,17 @@ static uint32_t select_row(const struct work *w, const struct block *block, int 
 }
 
 /* Lists the neurons of [begin, end) that some row of the block wants. */
-static int32_t scan(struct work *w, const struct block *block, int32_t begin, int32_t end, struct tally *tally) {
+static int32_t scan(struct work *w, const struct block *block, int32_t begin, int32_t end, int64_t *pairs,
+                    struct tally *tally) {
     int32_t *list = block->list + begin, found = 0;
     for (int32_t tile = begin; tile < end; tile += TILE) {
         const int n = end - tile < TILE ? end - tile : TILE;
         uint8_t some[TILE] = {0};
         for (int r = 0; r < block->n_rows; r++) {
             uint8_t *wanted = w->wanted + (int64_t)(block->first + r) * w->layer->spec.n_ff + tile;
-            tally->selected += select_row(w, block, r, tile, n, wanted);
+            const uint32_t selected = select_row(w, block, r, tile, n, wanted);
+            tally->selected += selected;
+            *pairs += w->all ? (uint32_t)n : selected;
             for (int k = 0; k < n; k++) some[k] |= wanted[k];
         }
         for (int k = 0; k < n; k++) {
@@ -290,11 +308,11 @@ static void up_batch(const struct work *w, const struct ffn_row *row, const int3
 static float down_input(const struct work *w, const struct block *block, int r, int32_t j) {
     const struct ffn_row *row = &block->rows[r];
     if (w->predicts) return row->h[j];
-    return w->rounded[(int64_t)(block->first + r) * w->layer->spec.n_ff + source_index(w->layer, row->expert, j)];
+    return w->rounded[(block->first + r) * w->rounded_stride + source_index(w->layer, row->expert, j)];
 }
 
-/* Adds the columns of n neurons, times their activations, to the accumulator of a block's only row. */
-static void down_batch(const struct work *w, const struct block *block, const int32_t *batch, int n, float *y,
+/* Adds the columns of n neurons, times their activations for row r of a block, to its accumulator. */
+static void down_batch(const struct work *w, const struct block *block, int r, const int32_t *batch, int n, float *y,
                        float *tmp) {
     const struct pi_layer_spec *spec = &w->layer->spec;
     const int expert = block->rows[0].expert;
@@ -303,89 +321,34 @@ static void down_batch(const struct work *w, const struct block *block, const in
     float a[BATCH];
     int left = 0;
     for (int k = 0; k < n; k++) {
-        a[left] = down_input(w, block, 0, batch[k]);
+        a[left] = down_input(w, block, r, batch[k]);
         if (a[left] == 0.0f && !w->all) continue;
         columns[left] = pi_bundle(w->layer, expert, batch[k]) + spec->down_offset;
-        if (spec->down_type == ABI_TYPE_I8) scales[left] = scales_of(w->layer, expert, batch[k]);
+        if (spec->down_type == ABI_TYPE_I8) scales[left] = ffn_scales(w->layer, expert, batch[k]);
         left++;
     }
     if (spec->down_type == ABI_TYPE_I8) kernel_axpys_scaled(spec->n_embd, columns, scales, a, left, y);
     else kernel_axpys(spec->down_type, spec->n_embd, columns, a, left, y, tmp);
 }
 
-/* The activations of one neuron for the rows of a block that want it. */
-static void up_neuron(struct work *w, const struct block *block, int32_t j, struct tally *tally) {
-    const struct pi_layer_spec *spec = &w->layer->spec;
-    const uint8_t *own = pi_bundle(w->layer, block->rows[0].expert, j);
-    const void *inputs[FFN_BLOCK_ROWS];
-    const struct ffn_row *rows[FFN_BLOCK_ROWS];
-    float g[FFN_BLOCK_ROWS], u[FFN_BLOCK_ROWS];
-    int n = 0;
-    for (int r = 0; r < block->n_rows; r++) {
-        if (!w->wanted[(int64_t)(block->first + r) * spec->n_ff + j]) continue;
-        rows[n++] = &block->rows[r];
-    }
-    if (w->predicts) {
-        const bool gated = spec->gated;
-        for (int i = 0; i < n; i++) inputs[i] = input_of(w, rows[i], gated ? w->gate_input : w->up_input);
-        kernel_dots_inputs(gated ? spec->gate_type : spec->up_type, spec->n_embd,
-                           own + (gated ? spec->gate_offset : spec->up_offset), inputs, n, g);
-        int left = 0;
-        for (int i = 0; i < n; i++) {
-            if (!w->all && !(g[i] > 0.0f)) continue;
-            rows[left] = rows[i];
-            g[left++] = g[i];
-        }
-        n = left;
-    } else {
-        for (int i = 0; i < n; i++) g[i] = rows[i]->h[j];
-    }
-    for (int i = 0; i < n && w->all && w->predicts; i++) tally->selected += g[i] > 0.0f;
-    if (spec->gated) {
-        for (int i = 0; i < n; i++) inputs[i] = input_of(w, rows[i], w->up_input);
-        kernel_dots_inputs(spec->up_type, spec->n_embd, own + spec->up_offset, inputs, n, u);
-    }
-    for (int i = 0; i < n; i++) {
-        const float h = activate(w->activation, g[i], spec->gated ? u[i] : 1.0f);
-        rows[i]->h[j] = h;
-        tally->fired += h != 0.0f;
-    }
-}
-
-/* Adds one neuron's column, times its activations, to the accumulators of a block's rows. */
-static void down_neuron(const struct work *w, const struct block *block, int32_t j, float *acc, float *tmp) {
-    const struct pi_layer_spec *spec = &w->layer->spec;
-    const int expert = block->rows[0].expert;
-    float *ys[FFN_BLOCK_ROWS], a[FFN_BLOCK_ROWS];
-    int n = 0;
-    for (int r = 0; r < block->n_rows; r++) {
-        a[n] = down_input(w, block, r, j);
-        if (a[n] == 0.0f && !w->all) continue;
-        ys[n++] = acc + (int64_t)(block->first + r) * spec->n_embd;
-    }
-    if (n == 0) return;
-    const uint8_t *column = pi_bundle(w->layer, expert, j) + spec->down_offset;
-    if (spec->down_type == ABI_TYPE_I8) {
-        kernel_axpys_outputs_scaled(spec->n_embd, column, scales_of(w->layer, expert, j), a, ys, n, tmp);
-    } else {
-        kernel_axpys_outputs(spec->down_type, spec->n_embd, column, a, ys, n, tmp);
-    }
-}
-
 /* ---- passes over the lists ------------------------------------------------------------------------------------ */
 
 enum pass { PASS_UP, PASS_DOWN, PASS_BOTH };
 
+/* Row by row: the batch's bundles come from memory for the first of them, and stay in the cache for the others. */
 static void run_batch(enum pass pass, struct work *w, const struct block *block, const int32_t *batch, int n, float *acc,
                       float *tmp, struct tally *tally) {
-    if (block->n_rows == 1) {
-        if (pass != PASS_DOWN) up_batch(w, &block->rows[0], batch, n, tally);
-        if (pass != PASS_UP) down_batch(w, block, batch, n, acc + (int64_t)block->first * w->layer->spec.n_embd, tmp);
-        return;
-    }
-    for (int k = 0; k < n; k++) {
-        if (pass != PASS_DOWN) up_neuron(w, block, batch[k], tally);
-        if (pass != PASS_UP) down_neuron(w, block, batch[k], acc, tmp);
+    for (int r = 0; r < block->n_rows; r++) {
+        const uint8_t *wanted = w->wanted + (int64_t)(block->first + r) * w->layer->spec.n_ff;
+        int32_t own[BATCH];
+        int left = 0;
+        for (int k = 0; k < n; k++) {
+            own[left] = batch[k];
+            left += wanted[batch[k]];
+        }
+        if (pass != PASS_DOWN) up_batch(w, &block->rows[r], own, left, tally);
+        if (pass == PASS_UP) continue;
+        down_batch(w, block, r, own, left, acc + (int64_t)(block->first + r) * w->layer->spec.n_embd, tmp);
     }
 }
 
@@ -431,6 +394,7 @@ static void run_pass(enum pass pass, struct work *w, int thread, struct tally *t
     float *acc = w->acc + (int64_t)thread * w->set_rows * n_embd, *tmp = w->tmp + thread * n_embd;
     int32_t *late = w->late + thread * n_ff;
     for (int b = 0; b < w->n_blocks && !failed(w); b++) {
+        if (w->blocks[b].tiled) continue;
         const struct block *block = &w->blocks[b];
         int64_t chunk = block->turn;
         const int64_t base = pi_unit(layer, block->rows[0].expert, 0);
@@ -514,6 +478,70 @@ static void begin_wave(struct work *w, int64_t from) {
     }
 }
 
+/* ---- tiles ----------------------------------------------------------------------------------------------------- */
+
+static struct tile_wave tile_wave(const struct work *w, int thread) {
+    return (struct tile_wave){w->lo, w->hi, thread, w->n_threads, w->tile_memory + (size_t)thread * w->tile_memory_size};
+}
+
+/* Thread 0 only. Decides which blocks are computed in tiles: neighbours of one expert, where unpacking a neuron pays. What
+ * is chosen depends on the rows alone, because the two ways round differently. */
+static void choose_tiles(struct work *w) {
+    const struct pi_layer *layer = w->layer;
+    const int64_t n_ff = layer->spec.n_ff;
+    w->n_tiles = 0;
+    for (int b = 0, end; w->can_tile && b < w->n_blocks; b = end) {
+        const struct block *first = &w->blocks[b];
+        int64_t wanted = 0;
+        int n_rows = 0;
+        for (end = b; end < w->n_blocks && w->blocks[end].rows[0].expert == first->rows[0].expert; end++) {
+            for (int t = 0; t < w->n_threads; t++) wanted += w->blocks[end].wanted[t];
+            n_rows += w->blocks[end].n_rows;
+        }
+        if (wanted < ffn_tiles_least_wanted() * n_ff) continue;
+        uint8_t *some = w->some + w->n_tiles * n_ff;
+        memset(some, 0, (size_t)n_ff);
+        for (int i = b; i < end; i++) {
+            w->blocks[i].tiled = true;
+            for (int t = 0; t < w->n_threads; t++) {
+                const int32_t *list = w->blocks[i].list + n_ff * t / w->n_threads;
+                for (int32_t k = 0; k < w->blocks[i].found[t]; k++) some[list[k]] = 1;
+            }
+        }
+        w->tiles[w->n_tiles++] = (struct tile_rows){
+            .layer = layer,
+            .activation = w->activation,
+            .predicts = w->predicts,
+            .all = w->all,
+            .round_type = w->round_type,
+            .expert = first->rows[0].expert,
+            .n_rows = n_rows,
+            .rows = first->rows,
+            .wanted = w->wanted + first->first * n_ff,
+            .some = some,
+            .gate_inputs = w->tile_inputs[w->gate_input],
+            .up_inputs = w->tile_inputs[w->up_input],
+            .input_size = w->tile_input_size,
+            .pairs = (uint32_t *)(w->rounded + first->first * w->rounded_stride),
+            .sums = w->sums + first->first * ffn_tiles_outputs(layer),
+            .failed = &w->failed,
+        };
+    }
+}
+
+/* A pass over what is computed in tiles. Both: down follows when all activations of the wave are there. */
+static void run_tiles(enum pass pass, struct work *w, int thread, struct tally *tally) {
+    const struct tile_wave wave = tile_wave(w, thread);
+    for (int i = 0; i < w->n_tiles && pass != PASS_DOWN; i++) ffn_tiles_up(&w->tiles[i], &wave, &tally->fired, &tally->selected);
+    if (pass == PASS_BOTH) {
+#pragma omp barrier
+    }
+    for (int i = 0; i < w->n_tiles && pass != PASS_UP && !failed(w); i++) ffn_tiles_down(&w->tiles[i], &wave);
+    if (pass == PASS_BOTH) {
+#pragma omp barrier
+    }
+}
+
 /* All threads. Runs a pass over everything that is wanted; again: an earlier pass has wanted it already. */
 static void run_waves(enum pass pass, struct work *w, int thread, struct tally *tally, bool again) {
     const bool streams = w->store != NULL;
@@ -524,6 +552,7 @@ static void run_waves(enum pass pass, struct work *w, int thread, struct tally *
             if (thread == 0) begin_wave(w, from);
 #pragma omp barrier
         }
+        if (w->n_tiles > 0) run_tiles(pass, w, thread, tally);
         if (pass == PASS_BOTH && streams) { /* up runs ahead of what is missing; a thread's neurons are its own */
             run_pass(PASS_UP, w, thread, tally);
             run_pass(PASS_DOWN, w, thread, tally);
@@ -543,9 +572,9 @@ static void gather_activations(const struct work *w, int thread) {
     const int64_t n_ff = layer->spec.n_ff, begin = n_ff * thread / w->n_threads, end = n_ff * (thread + 1) / w->n_threads;
     for (int b = 0; b < w->n_blocks; b++) {
         const struct block *block = &w->blocks[b];
-        for (int r = 0; r < block->n_rows; r++) {
+        for (int r = 0; r < block->n_rows && !block->tiled; r++) {
             const float *h = block->rows[r].h != NULL ? block->rows[r].h : block->rows[r].g;
-            float *to = w->rounded + (int64_t)(block->first + r) * n_ff;
+            float *to = w->rounded + (block->first + r) * w->rounded_stride;
             if (layer->order == NULL) {
                 memcpy(to + begin, h + begin, (size_t)(end - begin) * sizeof(float));
             } else {
@@ -561,10 +590,13 @@ static void round_activations(const struct work *w, int thread) {
     const int64_t n_ff = w->layer->spec.n_ff, units = n_ff / unit;
     const int64_t begin = units * thread / w->n_threads * unit, n = units * (thread + 1) / w->n_threads * unit - begin;
     uint8_t *packed = w->packed + (size_t)thread * w->packed_size;
-    for (int r = 0; r < w->n_rows && n > 0; r++) {
-        float *values = w->rounded + r * n_ff + begin;
-        kernel_round_input(w->round_type, n, values, packed);
-        kernel_dequantize(w->round_type, n, packed, values);
+    for (int b = 0; b < w->n_blocks && n > 0; b++) {
+        const struct block *block = &w->blocks[b];
+        for (int r = block->first; r < block->first + block->n_rows && !block->tiled; r++) {
+            float *values = w->rounded + r * w->rounded_stride + begin;
+            kernel_round_input(w->round_type, n, values, packed);
+            kernel_dequantize(w->round_type, n, packed, values);
+        }
     }
 }
 
@@ -573,7 +605,7 @@ static void write_outputs(const struct work *w, int thread) {
     const int64_t n_embd = w->layer->spec.n_embd;
     const int64_t first = n_embd * thread / w->n_threads, last = n_embd * (thread + 1) / w->n_threads;
     for (int b = 0; b < w->n_blocks; b++) {
-        for (int r = 0; r < w->blocks[b].n_rows; r++) {
+        for (int r = 0; r < w->blocks[b].n_rows && !w->blocks[b].tiled; r++) {
             float *out = w->blocks[b].rows[r].out;
             const float *part = w->acc + (int64_t)(w->blocks[b].first + r) * n_embd;
             memcpy(out + first, part + first, (size_t)(last - first) * sizeof(float));
@@ -597,10 +629,18 @@ static void run_set(struct work *w, int thread, struct tally *tally) {
 #pragma omp barrier
     }
     memset(w->acc + (int64_t)thread * w->set_rows * n_embd, 0, (size_t)(w->n_rows * n_embd) * sizeof(float));
-    for (int b = 0; b < w->n_blocks; b++) w->blocks[b].found[thread] = scan(w, &w->blocks[b], begin, end, tally);
+    for (int b = 0; b < w->n_blocks; b++) {
+        w->blocks[b].wanted[thread] = 0;
+        w->blocks[b].found[thread] = scan(w, &w->blocks[b], begin, end, &w->blocks[b].wanted[thread], tally);
+    }
 #pragma omp barrier
-    if (w->store != NULL) {
-        if (thread == 0) list_units(w);
+    if (w->store != NULL || w->can_tile) {
+        if (thread == 0) choose_tiles(w);
+        if (thread == 0 && w->store != NULL) list_units(w);
+#pragma omp barrier
+    }
+    if (w->n_tiles > 0) {
+        for (int i = 0; i < w->n_tiles; i++) ffn_tiles_clear(&w->tiles[i], thread, w->n_threads);
 #pragma omp barrier
     }
     if (w->predicts) {
@@ -610,6 +650,8 @@ static void run_set(struct work *w, int thread, struct tally *tally) {
             run_waves(PASS_UP, w, thread, tally, false);
 #pragma omp barrier
         }
+        const struct tile_wave wave = tile_wave(w, thread);
+        for (int i = 0; i < w->n_tiles; i++) ffn_tiles_round(&w->tiles[i], &wave);
         gather_activations(w, thread);
 #pragma omp barrier
         if (w->round_type != ABI_TYPE_F32) {
@@ -619,6 +661,8 @@ static void run_set(struct work *w, int thread, struct tally *tally) {
         run_waves(PASS_DOWN, w, thread, tally, up);
     }
 #pragma omp barrier
+    const struct tile_wave wave = tile_wave(w, thread);
+    for (int i = 0; i < w->n_tiles; i++) ffn_tiles_write(&w->tiles[i], &wave);
     write_outputs(w, thread);
 #pragma omp barrier
 }
@@ -659,9 +703,23 @@ struct outputs {
     float *rows, **destinations; /* NULL unless there are several sets */
 };
 
+/* What only tiles need. */
+static void lay_out_tiles(struct work *w, int n_rows, uint8_t *memory, size_t *at) {
+    const struct pi_layer *layer = w->layer;
+    const size_t rows = (size_t)w->set_rows, experts = (size_t)(layer->spec.n_expert == 0 ? 1 : layer->spec.n_expert);
+    const size_t most = rows < experts ? rows : experts;
+    w->tile_input_size = tile_input_size(layer->spec.n_embd);
+    for (int i = 0; i < w->n_inputs; i++) w->tile_inputs[i] = carve(memory, at, (size_t)n_rows * w->tile_input_size);
+    w->tiles = carve(memory, at, most * sizeof *w->tiles);
+    w->some = carve(memory, at, most * (size_t)layer->spec.n_ff);
+    w->sums = carve(memory, at, rows * (size_t)ffn_tiles_outputs(layer) * sizeof *w->sums);
+    w->tile_memory_size = round64(ffn_tiles_memory(layer));
+    w->tile_memory = carve(memory, at, (size_t)w->n_threads * w->tile_memory_size);
+}
+
 /* Lays the arrays out in memory, or, for NULL, only adds up their size, which is returned. */
 static size_t lay_out(struct work *w, struct outputs *outputs, int n_rows, uint8_t *memory, int32_t **lists,
-                      int32_t **founds) {
+                      int32_t **founds, int64_t **wanted) {
     const struct pi_layer_spec *spec = &w->layer->spec;
     const size_t n_embd = (size_t)spec->n_embd, n_ff = (size_t)spec->n_ff, rows = (size_t)w->set_rows;
     const size_t threads = (size_t)w->n_threads;
@@ -670,9 +728,10 @@ static size_t lay_out(struct work *w, struct outputs *outputs, int n_rows, uint8
     w->blocks = carve(memory, &at, rows * sizeof *w->blocks);
     w->acc = carve(memory, &at, threads * rows * n_embd * sizeof(float));
     w->tmp = carve(memory, &at, threads * n_embd * sizeof(float));
-    w->wanted = carve(memory, &at, rows * n_ff);
+    w->wanted = carve(memory, &at, rows * n_ff + 64);
+    w->rounded_stride = !w->predicts ? spec->n_ff : w->can_tile ? ffn_tiles_pairs(w->layer) : 0;
+    w->rounded = carve(memory, &at, rows * (size_t)w->rounded_stride * sizeof(float));
     if (!w->predicts) {
-        w->rounded = carve(memory, &at, rows * n_ff * sizeof(float));
         w->packed_size = round64(abi_row_size(w->round_type, spec->n_ff));
         w->packed = carve(memory, &at, threads * w->packed_size);
     }
@@ -681,13 +740,15 @@ static size_t lay_out(struct work *w, struct outputs *outputs, int n_rows, uint8
         w->z = carve(memory, &at, rows * (size_t)spec->rank * sizeof(float));
         w->zq = carve(memory, &at, rows * w->zq_size);
     }
-    *lists = carve(memory, &at, rows * n_ff * sizeof(int32_t));
-    *founds = carve(memory, &at, rows * threads * sizeof(int32_t));
+    *lists = carve(memory, &at, w->most_blocks * n_ff * sizeof(int32_t));
+    *founds = carve(memory, &at, w->most_blocks * threads * sizeof(int32_t));
+    *wanted = carve(memory, &at, w->most_blocks * threads * sizeof(int64_t));
     w->late = carve(memory, &at, threads * n_ff * sizeof(int32_t));
     if (w->store != NULL) {
         w->units = carve(memory, &at, w->store->spec.n_units * sizeof(int32_t));
         if (n_rows > FFN_BLOCK_ROWS) w->marks = carve(memory, &at, w->store->spec.n_units);
     }
+    if (w->can_tile) lay_out_tiles(w, n_rows, memory, &at);
     if (n_rows > w->set_rows) {
         outputs->rows = carve(memory, &at, (size_t)n_rows * n_embd * sizeof(float));
         outputs->destinations = carve(memory, &at, (size_t)n_rows * sizeof(float *));
@@ -697,8 +758,9 @@ static size_t lay_out(struct work *w, struct outputs *outputs, int n_rows, uint8
 
 /* Forms the blocks of the next set, which begins at row `done`. Returns where it ends. Thread 0 only. A set is of whole
  * blocks, so that blocks, and with them the order of sums, do not depend on how large sets are. */
-static int form_set(struct work *w, struct ffn_row *rows, int n_rows, int done, int32_t *lists, int32_t *founds) {
-    w->n_blocks = w->n_rows = 0;
+static int form_set(struct work *w, struct ffn_row *rows, int n_rows, int done, int32_t *lists, int32_t *founds,
+                    int64_t *wanted) {
+    w->n_blocks = w->n_rows = w->n_tiles = 0;
     while (done < n_rows) {
         int n = 1;
         while (n < FFN_BLOCK_ROWS && done + n < n_rows && rows[done + n].expert == rows[done].expert) n++;
@@ -708,7 +770,8 @@ static int form_set(struct work *w, struct ffn_row *rows, int n_rows, int done, 
                                                 .n_rows = n,
                                                 .turn = w->turn++,
                                                 .list = lists + (int64_t)w->n_blocks * w->layer->spec.n_ff,
-                                                .found = founds + (int64_t)w->n_blocks * w->n_threads};
+                                                .found = founds + (int64_t)w->n_blocks * w->n_threads,
+                                                .wanted = wanted + (int64_t)w->n_blocks * w->n_threads};
         w->n_blocks++;
         w->n_rows += n;
         done += n;
@@ -716,15 +779,23 @@ static int form_set(struct work *w, struct ffn_row *rows, int n_rows, int done, 
     return done;
 }
 
-/* Rounds x once per token and type. In a mixture a token's rows share their x, and come one after the other. */
+/* Rounds x once per token and type, and packs it for tiles. In a mixture a token's rows share their x, and come one after
+ * the other. */
 static void round_inputs(struct work *w, struct ffn_row *rows, int n_rows) {
+    const struct pi_layer_spec *spec = &w->layer->spec;
     for (int r = 0; r < n_rows; r++) rows[r].input = r > 0 && rows[r].x == rows[r - 1].x ? rows[r - 1].input : r;
     for (int i = 0; i < w->n_inputs; i++) {
+        const bool gate = spec->gate_name != NULL && i == w->gate_input, up = spec->up_name != NULL && i == w->up_input;
+        const bool packs = w->can_tile && (gate || up);
 #pragma omp parallel for num_threads(w->n_threads) if (n_rows > 8) schedule(static)
         for (int r = 0; r < n_rows; r++) {
             if (rows[r].input != r) continue;
-            kernel_round_input(w->input_type[i], w->layer->spec.n_embd, rows[r].x,
-                               w->inputs[i] + (size_t)r * w->input_size[i]);
+            uint8_t *to = w->inputs[i] + (size_t)r * w->input_size[i];
+            kernel_round_input(w->input_type[i], spec->n_embd, rows[r].x, to);
+            if (packs) {
+                tile_pack_input(gate ? spec->gate_type : spec->up_type, spec->n_embd, to,
+                                w->tile_inputs[i] + (size_t)r * w->tile_input_size);
+            }
         }
     }
 }
@@ -739,8 +810,11 @@ static void start(struct work *w, const struct pi_layer *layer, const struct ffn
                        .round_type = rounding_type(layer),
                        .n_threads = n_threads,
                        .store = layer->store};
-    const int most = w->store != NULL ? STREAM_ROWS : FFN_BLOCK_ROWS;
+    w->can_tile = n_rows >= ffn_tiles_least_wanted() && ffn_tiles_can(layer); /* no row wants a neuron more than once */
+    const int most = w->store != NULL || w->can_tile ? SET_ROWS : FFN_BLOCK_ROWS;
     w->set_rows = n_rows < most ? n_rows : most;
+    const int64_t n_experts = spec->n_expert == 0 ? 1 : spec->n_expert, full = w->set_rows / FFN_BLOCK_ROWS + 1;
+    w->most_blocks = (size_t)(w->set_rows < n_experts + full ? w->set_rows : n_experts + full);
     if (rows[0].x == NULL) return;
     if (spec->gate_name != NULL) w->gate_input = add_input(w, spec->gate_type);
     if (spec->up_name != NULL) w->up_input = add_input(w, spec->up_type);
@@ -798,11 +872,12 @@ enum ffn_result ffn_sparse(const struct pi_layer *layer, struct ffn_row *rows, i
     struct work work;
     struct outputs outputs = {0};
     int32_t *lists, *founds;
+    int64_t *wanted;
     if (n_rows <= 0) return FFN_OK;
     start(&work, layer, rows, n_rows, dense, n_threads);
-    uint8_t *memory = ffn_scratch_reserve(scratch, lay_out(&work, &outputs, n_rows, NULL, &lists, &founds));
+    uint8_t *memory = ffn_scratch_reserve(scratch, lay_out(&work, &outputs, n_rows, NULL, &lists, &founds, &wanted));
     if (memory == NULL) return FFN_NO_MEMORY;
-    (void)lay_out(&work, &outputs, n_rows, memory, &lists, &founds);
+    (void)lay_out(&work, &outputs, n_rows, memory, &lists, &founds, &wanted);
     if (work.marks != NULL) memset(work.marks, 0, layer->store->spec.n_units);
     if (work.n_inputs > 0) round_inputs(&work, rows, n_rows);
     if (layer->spec.n_expert > 0) qsort(rows, (size_t)n_rows, sizeof *rows, by_expert);
@@ -822,7 +897,7 @@ enum ffn_result ffn_sparse(const struct pi_layer *layer, struct ffn_row *rows, i
         if (thread == 0) work.n_threads = omp_get_num_threads();
         for (bool more = true; more;) {
 #pragma omp barrier
-            if (thread == 0) done = form_set(&work, rows, n_rows, done, lists, founds);
+            if (thread == 0) done = form_set(&work, rows, n_rows, done, lists, founds, wanted);
 #pragma omp barrier
             more = done < n_rows; /* before the next barrier, after which thread 0 goes on */
             run_set(&work, thread, &tally);

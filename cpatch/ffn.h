@@ -1,8 +1,8 @@
 /* ffn.h - evaluating FFN layers over neuron bundles.
  *
  * The unit of work is a row: one token, or in a mixture one (token, expert) pair. Rows of the same expert are
- * computed together in blocks, neuron by neuron, so that a bundle is read once for all rows of the block that want
- * it. Work is split over threads by neurons; each thread sums into its own accumulators, which are added up at the
+ * computed together in blocks, some neurons at a time, so that a bundle is read once for all rows of the block that
+ * want it; many rows with many neurons in common go through tiles (ffn_tiles.h). Work is split over threads by neurons; each thread sums into its own accumulators, which are added up at the
  * end. For a given thread count the order of every sum is fixed, so results are reproducible bit for bit, and the same
  * whether bundles are all in memory or streamed through a store, whatever its size.
  *
@@ -49,6 +49,9 @@ enum ffn_result { FFN_OK = 0, FFN_NO_MEMORY = -1, FFN_READ_FAILED = -2 /* pi_mod
  * The rows themselves must not lie in scratch. Counts into counters. */
 enum ffn_result ffn_sparse(const struct pi_layer *layer, struct ffn_row *rows, int n_rows, bool dense, int n_threads,
                            struct ffn_scratch *scratch, struct pi_counters *counters);
+
+/* The row of scales that neuron j shares with its neighbours in the source; only where down_type is I8. */
+const uint16_t *ffn_scales(const struct pi_layer *layer, int expert, int64_t j);
 
 /* y[0..n_embd) = the down column of neuron j (stored index) of an expert, whose bundle is in memory. */
 void ffn_column(const struct pi_layer *layer, int expert, int64_t j, float *y);

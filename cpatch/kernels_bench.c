@@ -2,7 +2,9 @@
 #include "kernels_bench.h"
 
 #include "ggml_abi.h"
+#include "ffn_tiles.h"
 #include "kernels.h"
+#include "tiles.h"
 
 #include <omp.h>
 #include <stdlib.h>
@@ -76,6 +78,15 @@ double pi_read_seconds(const void *buffer, int64_t size, int n_threads) {
     }
     const double end = seconds();
     return all == 1 ? -1.0 : end - start; /* the sum has to be wanted by somebody */
+}
+
+void pi_tiles_force(int least_wanted, float dense_share) {
+    ffn_tiles_force(least_wanted);
+    tile_force_dense_share(dense_share);
+}
+
+bool pi_tiles_available(void) {
+    return tile_available();
 }
 
 /* ---- kernels.h, for Python ------------------------------------------------------------------------------------ */

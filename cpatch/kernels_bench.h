@@ -2,6 +2,7 @@
 #ifndef POWERINFER_KERNELS_BENCH_H
 #define POWERINFER_KERNELS_BENCH_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 /* kernels.h, as it is: see there. */
@@ -19,6 +20,11 @@ void pi_kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_
                             int n_cols, float *y);
 void pi_kernel_axpys_outputs_scaled(int64_t n, const uint8_t *col, const uint16_t *scales, const float *a,
                                     float *const *ys, int n_y, float *tmp);
+
+/* Tiles (ffn_tiles.h, tiles.h), for tests: how many rows must want a neuron on average for them to be used, 0 for
+ * the default, negative for always; and the share from which their dense forms are: 0 always, 2 never, negative as measured. */
+void pi_tiles_force(int least_wanted, float dense_share);
+bool pi_tiles_available(void);
 
 enum pi_kernel_op { PI_KERNEL_DOTS = 0, PI_KERNEL_AXPYS = 1 };
 

@@ -32,7 +32,7 @@ GAP = 16 << 10  # bytes cheaper to read through than to skip, where the device c
 RUN = 64 << 10  # longest read of several neurons
 STAGING = 64  # buffers for such reads (MAX_STAGING in cpatch/store.c)
 TRANSIT = 7 << 20  # memory for neurons that are wanted once and not kept: about what a token misses in a layer
-STREAM_ROWS = 256  # rows computed together when bundles are streamed (cpatch/ffn.c)
+STREAM_ROWS = 256  # rows computed together when bundles are streamed (SET_ROWS in cpatch/ffn.c)
 _LEAST_NEURONS = 64  # slots of a layer
 _HOT_SHARE = 0.25  # of a layer's neurons: PowerInfer (arXiv 2312.12456) finds 26 % to make 80 % of the firings
 _SPARE_TILES = 12  # slots that tiles pass through (cpatch/slab.c)
@@ -211,9 +211,9 @@ def _stream(
     sources = {tensor.name: tensor for tensor in model.tensors()}
     deciders = _decider_matrices(everything.bundles, sources)
     staging = STAGING * (RUN + 8192) + (TRANSIT if everything.bundles else 0)
-    # cpatch/ffn.c: per row two accumulators, rounded activations, what is wanted and a list
+    # cpatch/ffn.c: per row two accumulators, rounded activations, what is wanted and a list; tiles: sums and an input
     work = [
-        (8 * b.layer.n_embd + 9 * b.layer.n_ff) * (STREAM_ROWS if b.layer.n_expert else min(STREAM_ROWS, context.rows))
+        (15 * b.layer.n_embd + 9 * b.layer.n_ff) * (STREAM_ROWS if b.layer.n_expert else min(STREAM_ROWS, context.rows))
         for b in everything.bundles
     ]
     parts = {**parts, "streaming": staging + max(work, default=0)}

@@ -229,3 +229,5 @@ def test_published_results_make_pages_and_the_table() -> None:
         assert {"cpu", "cpu_features", "versions"} <= published["machine"].keys() and published["command"]
     document = (Path(__file__).parent.parent / "docs" / "BENCHMARKS.md").read_text()
     assert tables.filled(document, PUBLISHED) == document, "run: python -m bench.tables"
+    of_batches = sorted((tables.RESULTS / "batches").glob("*.json"))
+    assert tables.filled_batches(document, of_batches) == document, "run: python -m bench.tables"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,18 @@ CASES = {
 }
 
 
+@pytest.fixture(params=[0, -1], ids=["tiles by default", "tiles always"])
+def least_wanted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """When rows are computed in tiles: where that is faster, or always (where the machine has the instructions)."""
+    _, lib = native()
+    lib.pi_tiles_force(request.param, -1)
+    yield
+    lib.pi_tiles_force(0, -1)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.usefixtures("least_wanted")
 def test_streamed_is_resident_bit_for_bit(tmp_path: Path, case: str, engine: str) -> None:
     options, activation = CASES[case]
     file = File(tmp_path / "bundles", **options)
@@ -184,9 +195,9 @@ def test_a_predictor_selects_what_it_says(tmp_path: Path) -> None:
     file = File(tmp_path / "bundles", gated=True, predictor=LOWRANK)
     ffi, lib = native()
     model = file.open(RELU)
-    _, _, sparse = file.run(model, 20, 2, 11)
+    _, _, sparse = file.run(model, 4, 2, 11)  # too few rows for tiles, whose dot products are summed in another order
     lib.pi_model_set_dense(model, True)
-    _, _, dense = file.run(model, 20, 2, 11)
+    _, _, dense = file.run(model, 4, 2, 11)
     fired = sparse != 0
     assert 0.005 < fired.mean() < 0.9 * (dense != 0).mean()
     assert np.array_equal(sparse[fired], dense[fired])  # what is computed is exact
