@@ -10,7 +10,8 @@ HEADERS = ("powerinfer.h", "io.h", "kernels_bench.h")  # what Python sees
 SOURCES = [f"cpatch/{name}.c" for name in ("backend", "buffer", "ffn", "ffn_tiles", "ggml_abi", "kernels")]
 SOURCES += [f"cpatch/{name}.c" for name in ("model", "plugin", "selftest", "slab", "store", "tiles", "vgguf")]
 SOURCES += [f"cpatch/{name}.c" for name in ("io", "io_measure", "io_threads", "io_uring")]
-SOURCES += [f"cpatch/kernels_{name}.c" for name in ("portable", "avx2", "avx512", "avx512vnni", "neon", "bench")]
+SOURCES += [f"cpatch/kernels_{name}.c" for name in ("portable", "neon", "avx2", "bench")]
+SOURCES += [f"cpatch/kernels_{name}.c" for name in ("avx512", "avx512vnni", "avx512vbmi")]
 CFLAGS = [
     "-std=c11",
     "-O3",

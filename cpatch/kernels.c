@@ -12,14 +12,16 @@
 static _Atomic(const struct kernel_level *) level_in_use;
 
 /* Best first. NULL where this machine lacks the instructions, or the compiler's target does. */
-static int usable_levels(const struct kernel_level *out[5]) {
+static int usable_levels(const struct kernel_level *out[6]) {
     int n = 0;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512vnni")) out[n++] = kernel_avx512vnni;
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    if (vnni && __builtin_cpu_supports("avx512vbmi")) out[n++] = kernel_avx512vbmi;
+    if (vnni) out[n++] = kernel_avx512vnni;
     if (avx512) out[n++] = kernel_avx512;
     if (avx2) out[n++] = kernel_avx2;
 #endif
@@ -31,7 +33,7 @@ static int usable_levels(const struct kernel_level *out[5]) {
 static const struct kernel_level *level(void) {
     const struct kernel_level *found = atomic_load_explicit(&level_in_use, memory_order_relaxed);
     if (found != NULL) return found;
-    const struct kernel_level *usable[5];
+    const struct kernel_level *usable[6];
     usable_levels(usable);
     atomic_store_explicit(&level_in_use, usable[0], memory_order_relaxed);
     return usable[0];
@@ -48,7 +50,7 @@ const char *kernel_level(void) {
 }
 
 int kernel_force(const char *name) {
-    const struct kernel_level *usable[5];
+    const struct kernel_level *usable[6];
     const int n = usable_levels(usable);
     for (int i = 0; i < n; i++) {
         if (name != NULL && strcmp(usable[i]->name, name) != 0) continue;

@@ -1,7 +1,12 @@
-/* kernels_avx512.c - AVX-512 (F, BW, DQ, VL); with VNNI when included from kernels_avx512vnni.c. */
+/* kernels_avx512.c - AVX-512 (F, BW, DQ, VL); with VNNI when included from kernels_avx512vnni.c, with VNNI and VBMI when
+ * included from kernels_avx512vbmi.c. */
 #include "kernels_simd.h"
 #if defined(__x86_64__)
-#ifdef WITH_VNNI
+#ifdef WITH_VBMI
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")
+#define NAME "avx512vbmi"
+#define SIGNED_BIAS 128
+#elif defined(WITH_VNNI)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 #define NAME "avx512vnni"
 #define SIGNED_BIAS 128 /* VNNI multiplies unsigned with signed bytes */
@@ -16,7 +21,10 @@
 #define LANES 4
 #define WIDTH 16
 #define ROWS 4
+#define COLUMNS 4
+#ifndef WITH_VBMI
 #define DOTS_ONLY
+#endif
 #define PRIMITIVE static inline __attribute__((always_inline))
 
 typedef __m512i vb, vi;
@@ -41,6 +49,9 @@ PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float factor, float *ou
 
 PRIMITIVE vf zero_f(void) { return _mm512_setzero_ps(); }
 PRIMITIVE vf same_f(float a) { return _mm512_set1_ps(a); }
+PRIMITIVE vf load_f(const float *p) { return _mm512_loadu_ps(p); }
+PRIMITIVE void store_f(float *p, vf v) { _mm512_storeu_ps(p, v); }
+PRIMITIVE vf mul_f(vf a, vf b) { return _mm512_mul_ps(a, b); }
 PRIMITIVE vf fma_f(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 PRIMITIVE vf load_f32(const uint8_t *p) { return _mm512_loadu_ps(p); }
 PRIMITIVE vf load_f16(const uint8_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
@@ -49,11 +60,16 @@ PRIMITIVE vf load_bf16(const uint8_t *p) {
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
 PRIMITIVE vf to_float(vi v) { return _mm512_cvtepi32_ps(v); }
+PRIMITIVE vf load_i8(const uint8_t *p) {
+    return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
 PRIMITIVE float sum_f(vf v) { return _mm512_reduce_add_ps(v); }
 
 PRIMITIVE vi zero_i(void) { return _mm512_setzero_si512(); }
 PRIMITIVE vi negate(vi v) { return _mm512_sub_epi32(_mm512_setzero_si512(), v); }
 PRIMITIVE vb same_bytes(int b) { return _mm512_set1_epi8((char)b); }
+PRIMITIVE void store_b(uint8_t *p, vb v) { _mm512_storeu_si512(p, v); }
+PRIMITIVE vb minus(vb a, vb b) { return _mm512_sub_epi8(a, b); }
 PRIMITIVE vb low_nibbles(vb v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 PRIMITIVE vb high_nibbles(vb v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
 PRIMITIVE vb lookup(const uint8_t *table, vb v) {
@@ -114,14 +130,37 @@ PRIMITIVE vi dot_factor(vi sum, vb w, vb x, factors f, int v) {
 PRIMITIVE vi dot_16(v16 a, const uint8_t *sums) { return _mm512_zextsi256_si512(dot_16_ints(a, sums)); }
 PRIMITIVE vi minus_32_times(vi a, vi b) { return _mm512_sub_epi32(a, _mm512_slli_epi32(b, 5)); }
 
+#ifdef WITH_VBMI
+#define TABLES /* 16 floats fill a vector: 4 bits pick one of them */
+/* 4 times 16 bytes, stride apart; byte i of int32 j is byte j of the i-th 16. FAR is what of them 64 bytes miss. */
+#define FAR(stride) (3 * (stride) + 16 - 64)
+#define AT(i, j, stride) ((i) * (stride) + (j) < 64 ? (i) * (stride) + (j) : (i) * (stride) + (j) - FAR(stride) + 64)
+#define INT(j, stride) AT(0, j, stride), AT(1, j, stride), AT(2, j, stride), AT(3, j, stride)
+#define INTS(j, stride) INT(j, stride), INT(j + 1, stride), INT(j + 2, stride), INT(j + 3, stride)
+#define ORDER(stride) {INTS(0, stride), INTS(4, stride), INTS(8, stride), INTS(12, stride)}
+PRIMITIVE vb spread(const uint8_t *p, size_t stride) {
+    static const uint8_t order_16[64] = ORDER(16), order_17[64] = ORDER(17), order_18[64] = ORDER(18);
+    if (stride == 16) return _mm512_permutexvar_epi8(_mm512_loadu_si512(order_16), _mm512_loadu_si512(p));
+    return _mm512_permutex2var_epi8(_mm512_loadu_si512(p), _mm512_loadu_si512(stride == 17 ? order_17 : order_18),
+                                    _mm512_loadu_si512(p + FAR(stride)));
+}
+/* The lowest 4 bits of each int32 are those from bit 4 * i on; the others do not matter. */
+PRIMITIVE vb nibble(vb v, int i) { return i == 0 ? v : _mm512_srli_epi32(v, 4 * (unsigned)i); }
+PRIMITIVE vf pick(vf table, vb nibbles) { return _mm512_permutexvar_ps(nibbles, table); }
+#endif
+
 #include "kernels_template.h"
-#ifdef WITH_VNNI
+#if defined(WITH_VBMI)
+const struct kernel_level *const kernel_avx512vbmi = &level;
+#elif defined(WITH_VNNI)
 const struct kernel_level *const kernel_avx512vnni = &level;
 #else
 const struct kernel_level *const kernel_avx512 = &level;
 #endif
 #else
-#ifdef WITH_VNNI
+#if defined(WITH_VBMI)
+const struct kernel_level *const kernel_avx512vbmi = NULL;
+#elif defined(WITH_VNNI)
 const struct kernel_level *const kernel_avx512vnni = NULL;
 #else
 const struct kernel_level *const kernel_avx512 = NULL;

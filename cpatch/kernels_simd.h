@@ -25,11 +25,12 @@ struct kernel_level {
      * column's floats are the same whoever makes them. */
     bool (*outputs)(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_ys);
 };
-/* All return false, having done nothing, for types they have no code for. axpys and outputs are NULL with AVX-512, whose
- * wider vectors gain nothing there (measured on Zen 4): AVX2's serve, and give the same bits as any fused ones. */
+/* All return false, having done nothing, for types they have no code for. axpys and outputs are NULL with AVX-512 without
+ * VBMI, whose wider vectors gain nothing there (measured on Zen 4): AVX2's serve, and give the same bits as any fused
+ * ones. */
 
 /* NULL where the compiler's target has no such thing. */
 extern const struct kernel_level *const kernel_portable, *const kernel_neon, *const kernel_avx2, *const kernel_avx512,
-    *const kernel_avx512vnni;
+    *const kernel_avx512vnni, *const kernel_avx512vbmi;
 
 #endif

@@ -305,6 +305,10 @@ static bool dots(int type, int64_t n, const uint8_t *const *rows, int n_rows, co
 
 /* ---- sums of columns ------------------------------------------------------------------------------------------ */
 
+/* What is in memory is read back from there: a broadcast from memory is free, one out of a vector is not, and GCC would
+ * rather take the scales out of the vectors that they were stored from. */
+#define IN_MEMORY __asm__ volatile("" ::: "memory")
+
 #ifndef DOTS_ONLY
 
 /* y[0..32) += factor * w[0..32) for C columns c in turn; w: BLOCK_VECTORS each. */
@@ -341,32 +345,86 @@ INLINE void load_32(const uint8_t *bytes, int apart, vf *out) {
     UNROLL for (int i = 0; i < HALF_VECTORS; i++) out[HALF_VECTORS + i] = load_i8(bytes + apart + i * WIDTH);
 }
 
-/* y[0..32 * count) += a chunk of C columns, of which count blocks are there. */
-INLINE void add_chunk(int type, const uint8_t *const chunks[], int C, int count, const float *a, float *y) {
+#ifdef TABLES
+
+/* The floats that 4 bits stand for; a K-quant's are to be scaled. */
+INLINE vf nibble_floats(int type) {
+    static const float q4_0[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    static const float mxfp4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    static const float q4_k[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return load_f(type == K_Q4_0 ? q4_0 : type == K_MXFP4 ? mxfp4 : q4_k);
+}
+
+/* y[0..128) += blocks 4 * part to 4 * part + 3 of a chunk, at bytes into C columns; d: their factors. */
+INLINE void add_4_blocks(int type, const uint8_t *const cols[], size_t at, int C, float (*d)[CHUNK], int part,
+                         float *y) {
+    const size_t size = block_size(type);
+    const vf table = nibble_floats(type);
+    vf sums[8];
+    UNROLL for (int i = 0; i < 8; i++) sums[i] = load_f(y + i * WIDTH);
+    UNROLL for (int c = 0; c < C; c++) {
+        const vb q = spread(cols[c] + at + 4 * part * size + (size - 16), size);
+        UNROLL for (int i = 0; i < 8; i++) {
+            sums[i] = fma_f(same_f(d[c][4 * part + i / 2]), pick(table, nibble(q, i)), sums[i]);
+        }
+    }
+    UNROLL for (int i = 0; i < 8; i++) store_f(y + i * WIDTH, sums[i]);
+}
+
+/* y[0..256) += a Q4_K block of C columns. */
+INLINE void add_q4_k(const uint8_t *const cols[], size_t at, int C, float (*scale)[16], float (*minimum)[16], const float *a,
+                     float *y) {
+    UNROLL for (int part = 0; part < 2; part++, y += 128) {
+        vf sums[8];
+        UNROLL for (int i = 0; i < 8; i++) sums[i] = load_f(y + i * WIDTH);
+        UNROLL for (int c = 0; c < C; c++) {
+            const vb q = spread(cols[c] + at + 16 + 64 * part, 16);
+            UNROLL for (int i = 0; i < 8; i++) { /* 32 values in low nibbles, 32 in the high ones, then again */
+                const int group = 4 * part + i / 2, from = i / 4 * 4 + i % 2 * 2 + i / 2 % 2;
+                const vf table = fma_f(same_f(scale[c][group]), nibble_floats(K_Q4_K), same_f(minimum[c][group]));
+                sums[i] = fma_f(same_f(a[c]), pick(table, nibble(q, from)), sums[i]);
+            }
+        }
+        UNROLL for (int i = 0; i < 8; i++) store_f(y + i * WIDTH, sums[i]);
+    }
+}
+#endif
+
+/* y[0..32 * count) += the chunk at bytes into C columns, of which count blocks are there. */
+INLINE void add_chunk(int type, const uint8_t *const cols[], size_t at, int C, int count, const float *a, float *y) {
     _Alignas(64) float d[COLUMNS][CHUNK];
     _Alignas(64) uint8_t unpacked[COLUMNS][CHUNK * 32];
-    UNROLL for (int c = 0; c < C; c++) {
-        block_scales(type, chunks[c], a[c], d[c]);
-        unpack_chunk(type, chunks[c], unpacked[c]);
+    UNROLL for (int c = 0; c < C; c++) block_scales(type, cols[c] + at, a[c], d[c]);
+    IN_MEMORY;
+#ifdef TABLES
+    if (type != K_Q8_0) {
+        UNROLL for (int part = 0; part < CHUNK / 4; part++) {
+            if (part * 4 < count) add_4_blocks(type, cols, at, C, d, part, y + part * 128);
+        }
+        return;
     }
+#endif
+    UNROLL for (int c = 0; c < C; c++) unpack_chunk(type, cols[c] + at, unpacked[c]);
     for (int b = 0; b < count; b++) {
-        ADD_32(y + b * 32, d[c][b], C, int apart; const uint8_t *q = block_bytes(type, chunks[c], unpacked[c], b, &apart);
-               load_32(q, apart, w));
+        ADD_32(y + b * 32, d[c][b], C, int apart;
+               const uint8_t *q = block_bytes(type, cols[c] + at, unpacked[c], b, &apart); load_32(q, apart, w));
     }
 }
 
 INLINE void axpys_blocks(int type, int64_t n, const uint8_t *const *cols, int C, int left, const float *a, float *y) {
     const size_t size = block_size(type), blocks = (size_t)n / 32, rest = blocks % CHUNK;
-    const uint8_t *at[COLUMNS];
     for (size_t b = 0; b + CHUNK <= blocks; b += CHUNK) {
         fetch_next(cols, C, left, b * size, CHUNK * size);
-        UNROLL for (int c = 0; c < C; c++) at[c] = cols[c] + b * size;
-        add_chunk(type, at, C, CHUNK, a, y + b * 32);
+        add_chunk(type, cols, b * size, C, CHUNK, a, y + b * 32);
     }
     if (rest == 0) return;
     uint8_t padded[COLUMNS][CHUNK * Q8_0_SIZE] = {{0}};
+    const uint8_t *at[COLUMNS];
+    float sums[CHUNK * 32]; /* y may end within what is added at once */
     for (int c = 0; c < C; c++) at[c] = memcpy(padded[c], cols[c] + (blocks - rest) * size, rest * size);
-    add_chunk(type, at, C, (int)rest, a, y + (blocks - rest) * 32);
+    memcpy(sums, y + (blocks - rest) * 32, rest * 32 * sizeof(float));
+    add_chunk(type, at, 0, C, (int)rest, a, sums);
+    memcpy(y + (blocks - rest) * 32, sums, rest * 32 * sizeof(float));
 }
 
 /* One column to several outputs, with the same products. */
@@ -416,12 +474,21 @@ INLINE void k_scale_floats(int type, const uint8_t *block, float *scale, float *
 }
 
 /* y[0..256) += a K-block of C columns: its integers are laid out as bytes, then each 16 become floats. */
-INLINE void add_k_block(int type, const uint8_t *const blocks[], int C, const float *a, float *y) {
+INLINE void add_k_block(int type, const uint8_t *const cols[], size_t at, int C, const float *a, float *y) {
     _Alignas(64) uint8_t q[COLUMNS][256];
     _Alignas(64) float scale[COLUMNS][16], minimum[COLUMNS][16];
     UNROLL for (int c = 0; c < C; c++) {
-        k_scale_floats(type, blocks[c], scale[c], minimum[c]);
-        UNROLL for (int v = 0; v < 16 / LANES; v++) store_b(q[c] + v * LANES * 16, k_values(type, blocks[c], v));
+        k_scale_floats(type, cols[c] + at, scale[c], minimum[c]);
+    }
+    IN_MEMORY;
+#ifdef TABLES
+    if (type == K_Q4_K) {
+        add_q4_k(cols, at, C, scale, minimum, a, y);
+        return;
+    }
+#endif
+    UNROLL for (int c = 0; c < C; c++) {
+        UNROLL for (int v = 0; v < 16 / LANES; v++) store_b(q[c] + v * LANES * 16, k_values(type, cols[c] + at, v));
     }
     for (int lane = 0; lane < 16; lane++) { /* in the order of k_values() */
         const int half_block = lane / 8, high = lane % 8 / 4, chunk = lane % 4;
@@ -443,10 +510,8 @@ INLINE void add_k_block(int type, const uint8_t *const blocks[], int C, const fl
 INLINE void axpys_k(int type, int64_t n, const uint8_t *const *cols, int C, int left, const float *a, float *y) {
     const size_t size = block_size(type), blocks = (size_t)n / 256;
     for (size_t b = 0; b < blocks; b++) {
-        const uint8_t *at[COLUMNS];
         fetch_next(cols, C, left, b * size, size);
-        UNROLL for (int c = 0; c < C; c++) at[c] = cols[c] + b * size;
-        add_k_block(type, at, C, a, y + b * 256);
+        add_k_block(type, cols, b * size, C, a, y + b * 256);
     }
 }
 

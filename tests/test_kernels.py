@@ -18,7 +18,7 @@ from powerinfer_ext.loader import native
 
 EPSILON = 2.0**-24  # of one rounding to float32
 ARM = platform.machine() == "aarch64"
-FUSED = ("neon",) if ARM else ("avx512vnni", "avx512", "avx2")
+FUSED = ("neon",) if ARM else ("avx512vbmi", "avx512vnni", "avx512", "avx2")
 LEVELS = (*FUSED, "portable")
 # Where the half-precision scales lie in a block; the rest is filled with random bytes, so that all values occur.
 SCALES_AT = {"Q4_0": [0], "Q8_0": [0], "MXFP4": [], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
@@ -264,7 +264,7 @@ def test_unknown_levels_are_refused() -> None:
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECK = ["tests/c/kernels_check.c", "cpatch/kernels.c"]
-CHECK += [f"cpatch/kernels_{name}.c" for name in ("portable", "avx2", "avx512", "avx512vnni", "neon")]
+CHECK += [f"cpatch/kernels_{name}.c" for name in ("portable", "avx2", "avx512", "avx512vnni", "avx512vbmi", "neon")]
 CHECK_FLAGS = ["-std=c11", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-Icpatch"]
 
 
