@@ -13,7 +13,8 @@
 
 enum {
     CHUNK = 8,         /* neurons a thread takes at a time: small, because hot neurons lie together */
-    BATCH = 64,        /* neurons handed to a kernel at once */
+    BATCH = 256,       /* neurons handed to a kernel at once: it fetches ahead within them */
+    STREAM_BATCH = 64, /* the same where bundles are streamed, and the last of them may be waited for */
     TILE = 256,        /* neurons scanned at a time */
     SET_ROWS = 256,    /* rows computed together where bundles are streamed, and read once for all, or may be in tiles */
     MAX_INPUTS = 3     /* types that x is rounded to: for gate, up and the predictor */
@@ -393,6 +394,7 @@ static void run_pass(enum pass pass, struct work *w, int thread, struct tally *t
     const int64_t n_embd = layer->spec.n_embd, n_ff = layer->spec.n_ff;
     float *acc = w->acc + (int64_t)thread * w->set_rows * n_embd, *tmp = w->tmp + thread * n_embd;
     int32_t *late = w->late + thread * n_ff;
+    const int most = w->store != NULL ? STREAM_BATCH : BATCH;
     for (int b = 0; b < w->n_blocks && !failed(w); b++) {
         if (w->blocks[b].tiled) continue;
         const struct block *block = &w->blocks[b];
@@ -407,15 +409,15 @@ static void run_pass(enum pass pass, struct work *w, int thread, struct tally *t
                 for (int32_t i = k; i < k + CHUNK && i < block->found[t]; i++) {
                     if (base + list[i] < w->lo || base + list[i] >= w->hi) continue;
                     batch[n++] = list[i];
-                    if (n < BATCH) continue;
+                    if (n < most) continue;
                     run_ready(pass, w, block, batch, n, acc, tmp, late, &n_late, tally);
                     n = 0;
                 }
             }
         }
         if (n > 0) run_ready(pass, w, block, batch, n, acc, tmp, late, &n_late, tally);
-        for (int32_t k = 0; k < n_late && !failed(w); k += BATCH) {
-            n = n_late - k < BATCH ? n_late - k : BATCH;
+        for (int32_t k = 0; k < n_late && !failed(w); k += most) {
+            n = n_late - k < most ? n_late - k : most;
             if (wait_for(w, block->rows[0].expert, late + k, n)) run_batch(pass, w, block, late + k, n, acc, tmp, tally);
         }
     }
@@ -936,9 +938,9 @@ enum ffn_result ffn_each_bundle(const struct pi_layer *layer, void (*visit)(int6
     }
     pthread_mutex_lock(&layer->model->evaluating);
     for (int32_t u = 0, end; u < n && result == FFN_OK; u = end) {
-        int32_t units[BATCH];
+        int32_t units[STREAM_BATCH];
         store_begin(store);
-        for (end = u; end < n && end < u + BATCH; end++) {
+        for (end = u; end < n && end < u + STREAM_BATCH; end++) {
             units[0] = end;
             if (store_want(store, units, 1, false) == 0) break;
         }

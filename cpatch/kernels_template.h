@@ -79,25 +79,29 @@ INLINE vi block_dot(int type, vi sum, vb w, vb x) {
     return type == K_Q8_0 ? dot_signed(sum, w, x) : dot(sum, w, x);
 }
 
-/* acc[r * X + i] += the partial sums of a chunk of rows r and inputs i. */
-INLINE void dots_chunk(int type, const uint8_t *const w[], int R, const uint8_t *const x[], int X, vf *acc) {
+/* acc[r * X + i] += the partial sums of a chunk of rows r and inputs i, without its first skip blocks. */
+INLINE void dots_chunk(int type, const uint8_t *const w[], size_t w_at, int R, const uint8_t *const x[], size_t x_at, int X,
+                       size_t skip, vf *acc) {
     const size_t size = block_size(type);
     const int bias = block_bias(type);
     _Alignas(64) float dw[ROWS][CHUNK], dx[ROWS][CHUNK];
-    UNROLL for (int r = 0; r < R; r++) block_scales(type, w[r], 1.0f, dw[r]);
-    UNROLL for (int i = 0; i < X; i++) block_scales(K_Q8_0, x[i], 1.0f, dx[i]);
+    UNROLL for (int r = 0; r < R; r++) block_scales(type, w[r] + w_at, 1.0f, dw[r]);
+    UNROLL for (int i = 0; i < X; i++) {
+        block_scales(K_Q8_0, x[i] + x_at, 1.0f, dx[i]);
+        for (size_t b = 0; b < skip; b++) dx[i][b] = 0.0f;
+    }
     UNROLL for (int b = 0; b < CHUNK; b += LANES) {
         vb x_lo[ROWS], x_hi[ROWS];
         vi start[ROWS];
         UNROLL for (int i = 0; i < X; i++) {
-            x_lo[i] = lanes(x[i] + b * Q8_0_SIZE + 2, Q8_0_SIZE);
-            x_hi[i] = lanes(x[i] + b * Q8_0_SIZE + 18, Q8_0_SIZE);
+            x_lo[i] = lanes(x[i] + x_at + b * Q8_0_SIZE + 2, Q8_0_SIZE);
+            x_hi[i] = lanes(x[i] + x_at + b * Q8_0_SIZE + 18, Q8_0_SIZE);
             start[i] = zero_i();
             if (bias != 0) start[i] = negate(dot(dot(zero_i(), same_bytes(bias), x_lo[i]), same_bytes(bias), x_hi[i]));
         }
         UNROLL for (int r = 0; r < R; r++) {
             vb lo, hi;
-            block_values(type, w[r] + (size_t)b * size, &lo, &hi);
+            block_values(type, w[r] + w_at + (size_t)b * size, &lo, &hi);
             UNROLL for (int i = 0; i < X; i++) {
                 const vi sum = block_dot(type, block_dot(type, start[i], lo, x_lo[i]), hi, x_hi[i]);
                 acc[r * X + i] = fma_f(to_float(sum), lane_scales(dw[r] + b, dx[i] + b), acc[r * X + i]);
@@ -110,22 +114,22 @@ INLINE void dots_chunk(int type, const uint8_t *const w[], int R, const uint8_t 
 INLINE void dots_blocks(int type, int64_t n, const uint8_t *const *w, int R, int left, const uint8_t *const *x, int X,
                         float *out) {
     const size_t size = block_size(type), blocks = (size_t)n / 32, rest = blocks % CHUNK;
-    uint8_t w_rest[ROWS][CHUNK * Q8_0_SIZE], x_rest[ROWS][CHUNK * Q8_0_SIZE];
-    const uint8_t *w_at[ROWS], *x_at[ROWS];
     vf acc[ROWS];
     UNROLL for (int i = 0; i < R * X; i++) acc[i] = zero_f();
-    for (size_t b = 0; b < blocks; b += CHUNK) {
-        UNROLL for (int r = 0; r < R; r++) w_at[r] = w[r] + b * size;
-        UNROLL for (int i = 0; i < X; i++) x_at[i] = x[i] + b * Q8_0_SIZE;
-        if (b + CHUNK > blocks) { /* the last blocks, with zeros behind them */
-            memset(w_rest, 0, sizeof w_rest);
-            memset(x_rest, 0, sizeof x_rest);
-            for (int r = 0; r < R; r++) w_at[r] = memcpy(w_rest[r], w_at[r], rest * size);
-            for (int i = 0; i < X; i++) x_at[i] = memcpy(x_rest[i], x_at[i], rest * Q8_0_SIZE);
-        } else {
-            fetch_next(w, R, left, b * size, CHUNK * size);
-        }
-        dots_chunk(type, w_at, R, x_at, X, acc);
+    for (size_t b = 0; b + CHUNK <= blocks; b += CHUNK) {
+        fetch_next(w, R, left, b * size, CHUNK * size);
+        dots_chunk(type, w, b * size, R, x, b * Q8_0_SIZE, X, 0, acc);
+    }
+    if (rest != 0 && blocks > CHUNK) { /* the last chunk's worth, without what the one before had of it */
+        const size_t b = blocks - CHUNK;
+        fetch_next(w, R, left, b * size, CHUNK * size);
+        dots_chunk(type, w, b * size, R, x, b * Q8_0_SIZE, X, CHUNK - rest, acc);
+    } else if (rest != 0) { /* with zeros behind it */
+        uint8_t w_rest[ROWS][CHUNK * Q8_0_SIZE] = {{0}}, x_rest[ROWS][CHUNK * Q8_0_SIZE] = {{0}};
+        const uint8_t *w_at[ROWS], *x_at[ROWS];
+        for (int r = 0; r < R; r++) w_at[r] = memcpy(w_rest[r], w[r], rest * size);
+        for (int i = 0; i < X; i++) x_at[i] = memcpy(x_rest[i], x[i], rest * Q8_0_SIZE);
+        dots_chunk(type, w_at, 0, R, x_at, 0, X, 0, acc);
     }
     UNROLL for (int i = 0; i < R * X; i++) out[i] = sum_f(acc[i]);
 }
