@@ -5,6 +5,8 @@
 #include "kernels_simd.h"
 
 #include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 /* ---- levels --------------------------------------------------------------------------------------------------- */
@@ -30,13 +32,26 @@ static int usable_levels(const struct kernel_level *out[6]) {
     return n;
 }
 
+static const struct kernel_level *find_level(const char *name) {
+    const struct kernel_level *usable[6];
+    const int n = usable_levels(usable);
+    for (int i = 0; i < n; i++) {
+        if (name == NULL || strcmp(usable[i]->name, name) == 0) return usable[i];
+    }
+    return NULL;
+}
+
 static const struct kernel_level *level(void) {
     const struct kernel_level *found = atomic_load_explicit(&level_in_use, memory_order_relaxed);
     if (found != NULL) return found;
-    const struct kernel_level *usable[6];
-    usable_levels(usable);
-    atomic_store_explicit(&level_in_use, usable[0], memory_order_relaxed);
-    return usable[0];
+    const char *name = getenv("POWERINFER_KERNELS");
+    found = find_level(name);
+    if (found == NULL) {
+        fprintf(stderr, "powerinfer: POWERINFER_KERNELS=%s: not on this machine\n", name);
+        found = find_level(NULL);
+    }
+    atomic_store_explicit(&level_in_use, found, memory_order_relaxed);
+    return found;
 }
 
 /* Whose sums of columns are used. */
@@ -50,14 +65,10 @@ const char *kernel_level(void) {
 }
 
 int kernel_force(const char *name) {
-    const struct kernel_level *usable[6];
-    const int n = usable_levels(usable);
-    for (int i = 0; i < n; i++) {
-        if (name != NULL && strcmp(usable[i]->name, name) != 0) continue;
-        atomic_store_explicit(&level_in_use, usable[i], memory_order_relaxed);
-        return 0;
-    }
-    return -1;
+    const struct kernel_level *found = name == NULL ? NULL : find_level(name);
+    if (name != NULL && found == NULL) return -1;
+    atomic_store_explicit(&level_in_use, found, memory_order_relaxed); /* NULL: chosen anew */
+    return 0;
 }
 
 /* ---- dequantising --------------------------------------------------------------------------------------------- */

@@ -52,10 +52,11 @@ void kernel_round_input(int type, int64_t n, const float *x, void *y);
 /* y[0..n) += x[0..n) */
 void kernel_add_f32(int64_t n, const float *x, float *y);
 
-/* The instructions in use, chosen at first use: avx512vbmi, avx512vnni, avx512, avx2, neon or portable. */
+/* The instructions in use: avx512vbmi, avx512vnni, avx512, avx2, neon or portable. Chosen at first use: the best, or what
+ * the environment variable POWERINFER_KERNELS says. */
 const char *kernel_level(void);
 
-/* Uses another of them from now on, for tests and benchmarks; NULL: the best. -1: this machine does not have it. */
+/* Uses another of them from now on, for tests and benchmarks; NULL: chosen anew. -1: this machine does not have it. */
 int kernel_force(const char *name);
 
 #endif

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -258,6 +260,15 @@ def test_unknown_levels_are_refused() -> None:
     assert before.decode() in LEVELS
     assert lib.pi_kernel_force(b"abacus") == -1
     assert ffi.string(lib.pi_kernel_level()) == before
+
+
+@pytest.mark.parametrize("wanted", ["portable", "abacus"])
+def test_the_environment_chooses_a_level(wanted: str) -> None:
+    program = "from powerinfer_ext.loader import native; f, lib = native(); print(f.string(lib.pi_kernel_level()).decode())"
+    environment = {**os.environ, "POWERINFER_KERNELS": wanted, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    level = done.stdout.strip()
+    assert (level == wanted) if wanted == "portable" else (level in LEVELS and "abacus" in done.stderr)
 
 
 # ---- without Python: under sanitizers, and emulated ----------------------------------------------------------------
