@@ -264,7 +264,7 @@ def test_unknown_levels_are_refused() -> None:
 
 @pytest.mark.parametrize("wanted", ["portable", "abacus"])
 def test_the_environment_chooses_a_level(wanted: str) -> None:
-    program = "from powerinfer_ext.loader import native\nf, lib = native()\nprint(f.string(lib.pi_kernel_level()).decode())"
+    program = "from powerinfer_ext.loader import native; f, c = native(); print(f.string(c.pi_kernel_level()).decode())"
     environment = {**os.environ, "POWERINFER_KERNELS": wanted, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     level = done.stdout.strip()
