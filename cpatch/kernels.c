@@ -161,19 +161,7 @@ void kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const float *
     }
 }
 
-void kernel_axpys_outputs(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_y, float *tmp) {
-    if (columns()->outputs(type, n, col, a, ys, n_y)) return;
-    kernel_dequantize(type, n, col, tmp);
-    for (int i = 0; i < n_y; i++) axpy_f32(n, a[i], tmp, ys[i]);
-}
-
 void kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a, int n_cols,
                          float *y) {
     (void)columns()->axpys(K_I8_SCALED, n, cols, scales, a, n_cols, y);
-}
-
-void kernel_axpys_outputs_scaled(int64_t n, const uint8_t *col, const uint16_t *scales, const float *a, float *const *ys,
-                                 int n_y, float *tmp) {
-    kernel_dequantize_scaled(n, (const int8_t *)col, scales, tmp);
-    for (int i = 0; i < n_y; i++) axpy_f32(n, a[i], tmp, ys[i]);
 }

@@ -27,14 +27,9 @@ void kernel_dots_inputs(int type, int64_t n, const uint8_t *row, const void *con
 /* y[0..n) += a[0] * cols[0] + a[1] * cols[1] + ..., in this order. tmp: n floats of scratch. */
 void kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const float *a, int n_cols, float *y, float *tmp);
 
-/* ys[i][0..n) += a[i] * col for i < n_y: one column, several tokens. The same bits as kernel_axpys gives. */
-void kernel_axpys_outputs(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_y, float *tmp);
-
 /* The same for columns of integers with a row of half-precision scales each: a * scales[i] * col[i] (I8 in FORMAT.md). */
 void kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a, int n_cols,
                          float *y);
-void kernel_axpys_outputs_scaled(int64_t n, const uint8_t *col, const uint16_t *scales, const float *a, float *const *ys,
-                                 int n_y, float *tmp);
 void kernel_dequantize_scaled(int64_t n, const int8_t *x, const uint16_t *scales, float *y);
 
 /* The type that inputs of dot products with rows of this type are rounded to; -1: no dot product for it. */

@@ -123,17 +123,7 @@ void pi_kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const floa
     kernel_axpys(type, n, cols, a, n_cols, y, tmp);
 }
 
-void pi_kernel_axpys_outputs(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_y,
-                             float *tmp) {
-    kernel_axpys_outputs(type, n, col, a, ys, n_y, tmp);
-}
-
 void pi_kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
                             int n_cols, float *y) {
     kernel_axpys_scaled(n, cols, scales, a, n_cols, y);
-}
-
-void pi_kernel_axpys_outputs_scaled(int64_t n, const uint8_t *col, const uint16_t *scales, const float *a,
-                                    float *const *ys, int n_y, float *tmp) {
-    kernel_axpys_outputs_scaled(n, col, scales, a, ys, n_y, tmp);
 }

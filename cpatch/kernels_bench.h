@@ -14,12 +14,8 @@ void pi_kernel_dequantize(int type, int64_t n, const void *x, float *y);
 void pi_kernel_dots(int type, int64_t n, const uint8_t *const *rows, int n_rows, const void *xq, float *out);
 void pi_kernel_dots_inputs(int type, int64_t n, const uint8_t *row, const void *const *xqs, int n_x, float *out);
 void pi_kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const float *a, int n_cols, float *y, float *tmp);
-void pi_kernel_axpys_outputs(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_y,
-                             float *tmp);
 void pi_kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
                             int n_cols, float *y);
-void pi_kernel_axpys_outputs_scaled(int64_t n, const uint8_t *col, const uint16_t *scales, const float *a,
-                                    float *const *ys, int n_y, float *tmp);
 
 /* Tiles (ffn_tiles.h, tiles.h), for tests: how many rows must want a neuron on average for them to be used, 0 for
  * the default, negative for always; and the share from which their dense forms are: 0 always, 2 never, negative as measured. */

@@ -21,11 +21,8 @@ struct kernel_level {
     /* y += a[k] * column k, in order; scales: only for I8_SCALED. */
     bool (*axpys)(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
                   int n_cols, float *y);
-    /* y[i] += a[i] * the column, with the same bits; only for types whose blocks have 32 values. For the others the
-     * column's floats are the same whoever makes them. */
-    bool (*outputs)(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_ys);
 };
-/* All return false, having done nothing, for types they have no code for. axpys and outputs are NULL with AVX-512 without
+/* All return false, having done nothing, for types they have no code for. axpys is NULL with AVX-512 without
  * VBMI, whose wider vectors gain nothing there (measured on Zen 4): AVX2's serve, and give the same bits as any fused
  * ones. */
 

@@ -431,35 +431,6 @@ INLINE void axpys_blocks(int type, int64_t n, const uint8_t *const *cols, int C,
     memcpy(y + (blocks - rest) * 32, sums, rest * 32 * sizeof(float));
 }
 
-/* One column to several outputs, with the same products. */
-INLINE void outputs_blocks(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_ys) {
-    const size_t size = block_size(type), blocks = (size_t)n / 32;
-    for (size_t b0 = 0; b0 < blocks; b0 += CHUNK) {
-        const int count = blocks - b0 < CHUNK ? (int)(blocks - b0) : CHUNK;
-        uint8_t padded[CHUNK * Q8_0_SIZE] = {0}, unpacked[CHUNK * 32];
-        const uint8_t *chunk = col + b0 * size;
-        if (count < CHUNK) chunk = memcpy(padded, chunk, (size_t)count * size);
-        float factors[CHUNK], integers[CHUNK * 32];
-        unpack_chunk(type, chunk, unpacked);
-        UNROLL for (int b = 0; b < CHUNK; b++) {
-            vf w[BLOCK_VECTORS];
-            int apart;
-            const uint8_t *q = block_bytes(type, chunk, unpacked, b, &apart);
-            load_32(q, apart, w);
-            UNROLL for (int i = 0; i < BLOCK_VECTORS; i++) store_f(integers + b * 32 + i * WIDTH, w[i]);
-        }
-        for (int k = 0; k < n_ys; k++) {
-            block_scales(type, chunk, a[k], factors);
-            float *y = ys[k] + b0 * 32;
-            for (int b = 0; b < count; b++) {
-                UNROLL for (int i = b * 32; i < b * 32 + 32; i += WIDTH) {
-                    store_f(y + i, fma_f(same_f(factors[b]), load_f(integers + i), load_f(y + i)));
-                }
-            }
-        }
-    }
-}
-
 /* The scale and the minimum of each 16 values of a K-block, as floats: values are scale * q + minimum. */
 INLINE void k_scale_floats(int type, const uint8_t *block, float *scale, float *minimum) {
     uint64_t scales, minima;
@@ -586,16 +557,7 @@ static bool axpys(int type, int64_t n, const uint8_t *const *cols, const uint16_
     }
 }
 
-static bool outputs(int type, int64_t n, const uint8_t *col, const float *a, float *const *ys, int n_ys) {
-    switch (type) {
-    case K_Q4_0: outputs_blocks(K_Q4_0, n, col, a, ys, n_ys); return true;
-    case K_Q8_0: outputs_blocks(K_Q8_0, n, col, a, ys, n_ys); return true;
-    case K_MXFP4: outputs_blocks(K_MXFP4, n, col, a, ys, n_ys); return true;
-    default: return false;
-    }
-}
-
-static const struct kernel_level level = {NAME, dots, axpys, outputs};
+static const struct kernel_level level = {NAME, dots, axpys};
 
 #else
 static const struct kernel_level level = {NAME, dots, NULL, NULL};
