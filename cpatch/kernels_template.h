@@ -560,5 +560,5 @@ static bool axpys(int type, int64_t n, const uint8_t *const *cols, const uint16_
 static const struct kernel_level level = {NAME, dots, axpys};
 
 #else
-static const struct kernel_level level = {NAME, dots, NULL, NULL};
+static const struct kernel_level level = {NAME, dots, NULL};
 #endif
