@@ -21,7 +21,9 @@ enum { BLOCKS = 16, Q4_0_SIZE = 18, Q8_0_SIZE = 34, Q4_K_SIZE = 144, Q5_K_SIZE =
        INPUT_STEP = 640 };
 
 bool tile_available(void) {
-    return strcmp(kernel_level(), "avx512vnni") == 0 && __builtin_cpu_supports("avx512bf16");
+    const char *level = kernel_level();
+    const bool vnni = strcmp(level, "avx512vnni") == 0 || strcmp(level, "avx512vbmi") == 0;
+    return vnni && __builtin_cpu_supports("avx512bf16");
 }
 
 bool tile_has_type(int type) {

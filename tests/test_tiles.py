@@ -3,6 +3,7 @@ bound on the error; and the promise that forms, threads and cuts into sets chang
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from gguf.quants import dequantize
 from tiny_models import quantise
 
 from powerinfer_ext.loader import native
+from powerinfer_ext.machine import parse_cpuinfo
 
 TYPES = {"BF16": 30, "Q4_0": 2, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "I8": 24}
 NATIVE, RELU, RELU2, DRELU = range(4)
@@ -30,6 +32,8 @@ def tiles() -> Iterator[Any]:
     """Tiles everywhere; a function that forces something else."""
     _, lib = native()
     if not lib.pi_tiles_available():
+        _, flags = parse_cpuinfo(Path("/proc/cpuinfo").read_text())
+        assert not {"avx512_vnni", "avx512_bf16"} <= flags or "POWERINFER_KERNELS" in os.environ
         pytest.skip("tiles need AVX-512 with VNNI and BF16")
     lib.pi_tiles_force(ALWAYS, -1)
     yield lib.pi_tiles_force
