@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,16 +167,18 @@ def _predictor(
     costs = _costs(ffn, m.density)
     tried = list(training.candidates(m, costs, recall, everything=everything))
     best = training.choose(tried, costs, m)
-    note = None
+    note, candidates = None, [_candidate(ffn, s, costs, m.n_ff, s is best) for s in tried]
     if best is None or costs.predicted(best.predictor, m.n_ff) >= costs.exact:
+        candidates = [replace(candidate, chosen=False) for candidate in candidates]
+        pays = max((r for candidate in candidates for r, size in candidate.curve if size < costs.exact), default=None)
         reached = "no predictor fits" if best is None else (
             f"{best.predictor.label} would compute {best.predictor.computed:.0%} of the neurons"
         )
         note = (
             f"layer {ffn.index} stays exact: {m.density:.0%} of its neurons fire, and at a recall of {recall:g} "
-            f"{reached}, which reads more than its deciding matrix"
+            f"{reached}, which reads more than its deciding matrix; "
+            + (f"up to a recall of about {pays:g} one reads less" if pays else "no recall from 0.8 up makes one read less")
         )
-    candidates = [_candidate(ffn, s, costs, m.n_ff, s is best and note is None) for s in tried]
     predictor = best.predictor if best and note is None else None
     _save(kept, settings, predictor, note)
     return predictor, candidates, note
