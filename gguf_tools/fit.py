@@ -177,7 +177,7 @@ def _predictor(
         note = (
             f"layer {ffn.index} stays exact: {m.density:.0%} of its neurons fire, and at a recall of {recall:g} "
             f"{reached}, which reads more than its deciding matrix; "
-            + (f"up to a recall of about {pays:g} one reads less" if pays else "no recall from 0.8 up makes one read less")
+            + (f"up to a recall of about {pays:g} one reads less" if pays else "no recall from 0.8 up does")
         )
     predictor = best.predictor if best and note is None else None
     _save(kept, settings, predictor, note)
