@@ -149,13 +149,12 @@ void ffn_column(const struct pi_layer *layer, int expert, int64_t j, float *y) {
     else kernel_dequantize_scaled(spec->n_embd, (const int8_t *)column, ffn_scales(layer, expert, j), y);
 }
 
-/* The bundle of neuron j, waited for where it is streamed; NULL when its read failed. */
-static const uint8_t *bundle(struct work *w, int expert, int64_t j) {
-    if (w->store != NULL && store_wait(w->store, (uint32_t)pi_unit(w->layer, expert, j)) != 0) {
-        atomic_store_explicit(&w->failed, 1, memory_order_relaxed);
+const uint8_t *ffn_bundle(const struct pi_layer *layer, int expert, int64_t j, atomic_int *failed) {
+    if (layer->store != NULL && store_wait(layer->store, (uint32_t)pi_unit(layer, expert, j)) != 0) {
+        atomic_store_explicit(failed, 1, memory_order_relaxed);
         return NULL;
     }
-    return pi_bundle(w->layer, expert, j);
+    return pi_bundle(layer, expert, j);
 }
 
 /* ---- selecting ------------------------------------------------------------------------------------------------ */
@@ -366,7 +365,7 @@ static int split_late(struct work *w, int expert, int32_t *batch, int n, int32_t
 
 static bool wait_for(struct work *w, int expert, const int32_t *batch, int n) {
     for (int k = 0; k < n; k++) {
-        if (bundle(w, expert, batch[k]) == NULL) return false;
+        if (ffn_bundle(w->layer, expert, batch[k], &w->failed) == NULL) return false;
     }
     return true;
 }

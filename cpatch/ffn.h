@@ -50,6 +50,9 @@ enum ffn_result { FFN_OK = 0, FFN_NO_MEMORY = -1, FFN_READ_FAILED = -2 /* pi_mod
 enum ffn_result ffn_sparse(const struct pi_layer *layer, struct ffn_row *rows, int n_rows, bool dense, int n_threads,
                            struct ffn_scratch *scratch, struct pi_counters *counters);
 
+/* The bundle of neuron j, waited for where it is streamed; NULL, and *failed set, when its read failed. */
+const uint8_t *ffn_bundle(const struct pi_layer *layer, int expert, int64_t j, atomic_int *failed);
+
 /* The row of scales that neuron j shares with its neighbours in the source; only where down_type is I8. */
 const uint16_t *ffn_scales(const struct pi_layer *layer, int expert, int64_t j);
 

@@ -10,7 +10,7 @@ enum {
     ROWS = 64, /* neurons of a tile of gate and up: bits of a mask */
     NEURONS = 2 * TILE_PAIRS,
     AHEAD = 16, /* neurons */
-    LEAST_WANTED = 5, /* measured: docs/BENCHMARKS.md */
+    LEAST_WANTED = 5, /* measured: docs/ARCHITECTURE.md */
 };
 
 static atomic_int forced_wanted;
@@ -77,16 +77,6 @@ void ffn_tiles_clear(const struct tile_rows *t, int thread, int n_threads) {
     const int64_t pairs = ffn_tiles_pairs(t->layer), outputs = ffn_tiles_outputs(t->layer);
     memset(t->pairs + begin * pairs, 0, (size_t)(n * pairs) * sizeof *t->pairs);
     memset(t->sums + begin * outputs, 0, (size_t)(n * outputs) * sizeof *t->sums);
-}
-
-/* A neuron's bundle, waited for where it is streamed; NULL when its read failed. */
-static const uint8_t *bundle(const struct tile_rows *t, int64_t j) {
-    struct store *store = t->layer->store;
-    if (store != NULL && store_wait(store, (uint32_t)pi_unit(t->layer, t->expert, j)) != 0) {
-        atomic_store_explicit(t->failed, 1, memory_order_relaxed);
-        return NULL;
-    }
-    return pi_bundle(t->layer, t->expert, j);
 }
 
 static bool in_wave(const struct tile_rows *t, const struct tile_wave *wave, int64_t j) {
@@ -208,7 +198,7 @@ void ffn_tiles_up(const struct tile_rows *t, const struct tile_wave *wave, uint6
         for (int k = 0; k < ROWS; k++) {
             const int64_t j = tile * ROWS + k;
             if (!in_wave(t, wave, j)) continue;
-            const uint8_t *own = bundle(t, j);
+            const uint8_t *own = ffn_bundle(t->layer, t->expert, j, t->failed);
             if (own == NULL) return;
             if (gate.packed != NULL) {
                 tile_pack_row(gate.type, spec->n_embd, own + gate.offset, gate.packed + (size_t)k * gate.row_size);
@@ -278,7 +268,7 @@ static bool pack_pair(const struct tile_rows *t, const struct tile_wave *wave, i
     fetch_ahead(t, wave, j + AHEAD, first, width);
     for (int i = 0; i < 2; i++) {
         if (!in_wave(t, wave, j + i)) continue;
-        const uint8_t *own = bundle(t, j + i);
+        const uint8_t *own = ffn_bundle(t->layer, t->expert, j + i, t->failed);
         if (own == NULL) return false;
         columns[i] = own + spec->down_offset + abi_row_size(spec->down_type, first);
         if (spec->down_type == ABI_TYPE_I8) scales[i] = ffn_scales(layer, t->expert, j + i) + first;

@@ -13,6 +13,9 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="powerinfer-tests-")
 
 import llama_cpp  # noqa: E402
 import pytest  # noqa: E402
+import tiny_models  # noqa: E402
+
+from gguf_tools.convert import convert  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,3 +44,12 @@ def llama_cpp_sources() -> Path:
     if not (path / "vendor" / "llama.cpp" / "ggml" / "include" / "ggml.h").exists():
         pytest.fail(f"the sources of llama-cpp-python are not in {path}: run 'make sources'")
     return path
+
+
+@pytest.fixture(scope="session")
+def wide_relu(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """67 MB of FFN: more than slots and buffers take at least. As a stock GGUF, and converted."""
+    folder = tmp_path_factory.mktemp("wide_relu")
+    stock = tiny_models.make(folder / "relu.gguf", "arcee", density=0.1, n_layer=4, n_ff=16384, quant="F16")
+    convert(stock, folder / "relu.sparse.gguf")
+    return Path(stock), folder / "relu.sparse.gguf"

@@ -439,15 +439,13 @@ def test_cgroup_v2_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """67 MB of FFN: more than slots and buffers take at least. As a stock GGUF, converted; and a mixture."""
+def wide(tmp_path_factory: pytest.TempPathFactory, wide_relu: tuple[Path, Path]) -> dict[str, str]:
+    """The wide FFN as a stock GGUF, converted; and a mixture."""
     folder = tmp_path_factory.mktemp("wide")
-    size = {"n_layer": 4, "n_ff": 16384, "quant": "F16"}
-    stock = tiny_models.make(folder / "wide.gguf", "arcee", density=0.1, **size)
-    convert(stock, folder / "wide.sparse.gguf")
     mixture = tiny_models.make(folder / "mixture.gguf", "qwen3moe", n_layer=4, n_ff=1024, n_expert=8, n_expert_used=2,
                                quant="F16")  # fmt: skip
-    return {"neurons": str(folder / "wide.sparse.gguf"), "tiles": str(stock), "experts": str(mixture)}
+    stock, sparse = map(str, wide_relu)
+    return {"neurons": sparse, "tiles": stock, "experts": str(mixture)}
 
 
 TOKENS = list(range(3, 3 + PROMPT + GEN))

@@ -18,7 +18,6 @@ import tiny_models
 import typer
 from typer.testing import CliRunner
 
-from gguf_tools import convert
 from gguf_tools.errors import ConversionError
 from powerinfer_ext import disk, hits, plan
 from powerinfer_ext.errors import PowerInferError
@@ -162,15 +161,13 @@ def test_what_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def files(tmp_path_factory: pytest.TempPathFactory, wide_relu: tuple[Path, Path]) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("plan")
-    size = {"n_layer": 4, "n_ff": 16384, "quant": "F16"}
-    stock = tiny_models.make(folder / "relu.gguf", "arcee", density=0.1, **size)
-    convert(stock, folder / "relu.sparse.gguf")
     mixture = tiny_models.make(
         folder / "mixture.gguf", "qwen3moe", n_layer=4, n_ff=2048, n_expert=16, n_expert_used=2, quant="F16"
     )
-    return {"stock": str(stock), "sparse": str(folder / "relu.sparse.gguf"), "mixture": str(mixture)}
+    stock, sparse = map(str, wide_relu)
+    return {"stock": stock, "sparse": sparse, "mixture": str(mixture)}
 
 
 def _planned(name: str, memory: str | int | None, **more: Any) -> dict[str, Any]:
