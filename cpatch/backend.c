@@ -4,6 +4,7 @@
 
 #include "buffer.h"
 #include "kernels.h"
+#include "panels.h"
 #include "slab.h"
 
 #include <stdlib.h>
@@ -86,11 +87,12 @@ static bool supports_product(const struct ggml_tensor *op) {
     return buffer_weight(w)->role != PI_ROLE_PLAIN || ggml.ggml_get_type_traits_cpu(w->type)->vec_dot != NULL;
 }
 
-/* A look-up in a streamed embedding. */
+/* A look-up in an embedding that is streamed, or that is the head too and kept in panels. */
 static bool is_lookup(const struct ggml_tensor *t) {
     if (t->op != ggml.op_get_rows || !buffer_is_ours(t->src[0]->buffer)) return false;
     const struct pi_weight *w = buffer_weight(t->src[0]);
-    return w->role == PI_ROLE_SLAB && w->slab->spec.kind == PI_SLAB_ROWS && t->src[1]->type == ABI_TYPE_I32 && is_f32_rows(t) &&
+    const bool rows = w->role == PI_ROLE_SLAB && w->slab->spec.kind == PI_SLAB_ROWS;
+    return (rows || w->role == PI_ROLE_PANEL) && t->src[0]->ne[2] == 1 && t->src[1]->type == ABI_TYPE_I32 && is_f32_rows(t) &&
            t->src[1]->nb[0] == sizeof(int32_t) && t->ne[1] == t->src[1]->ne[0] && t->ne[2] == 1 && t->ne[3] == 1;
 }
 
@@ -243,6 +245,35 @@ static int compute_dense(struct backend_context *c, struct ggml_tensor *node, co
     return ABI_STATUS_SUCCESS;
 }
 
+/* A product with a matrix that is kept in panels. In a mixture, rows with the same expert are computed together. */
+static int compute_panels(struct backend_context *c, struct ggml_tensor *node) {
+    const struct ggml_tensor *w = node->src[0], *x = node->src[1];
+    const int64_t n_experts = w->ne[2], n_x = x->ne[1] * x->ne[2];
+    const size_t n_rows = (size_t)(node->ne[1] * node->ne[2]);
+    const size_t inputs_size = (panel_inputs_size(w->type, w->ne[0], (int)n_x) + 63) & ~(size_t)63;
+    uint8_t *inputs = ffn_scratch_reserve(
+        &c->inputs, inputs_size + (size_t)n_x * sizeof(float *) +
+                        n_rows * (sizeof(struct product_row) + sizeof(struct panel_product)));
+    if (inputs == NULL) return ABI_STATUS_ALLOC_FAILED;
+    const float **xs = (const float **)(inputs + inputs_size);
+    struct product_row *rows = (struct product_row *)(xs + n_x);
+    struct panel_product *products = (struct panel_product *)(rows + n_rows);
+    const int64_t n = product_rows(node, rows);
+    if (n < 0) return ABI_STATUS_FAILED;
+    for (int64_t i = 0; i < n_x; i++) xs[i] = row_at(x, i % x->ne[1], i / x->ne[1]);
+    int64_t filled = 0;
+    for (int64_t expert = 0; expert < n_experts && filled < n; expert++) {
+        for (int64_t r = 0; r < n; r++) {
+            if (rows[r].expert != expert) continue;
+            products[filled++] = (struct panel_product){.panels = (const uint8_t *)w->data + (size_t)expert * w->nb[2],
+                                                        .input = (int)(rows[r].x2 * x->ne[1] + rows[r].x1),
+                                                        .out = row_at(node, rows[r].i1, rows[r].i2)};
+        }
+    }
+    panel_products(w->type, w->ne[0], w->ne[1], xs, (int)n_x, products, (int)n, inputs, c->n_threads);
+    return ABI_STATUS_SUCCESS;
+}
+
 /* A router's product; what it chooses is read at once. Of many tokens nearly every expert is wanted by some. */
 static int compute_router(struct backend_context *c, struct ggml_tensor *node, const struct pi_weight *w) {
     const int status = compute_dense(c, node, w);
@@ -270,7 +301,21 @@ static int compute_slab(struct backend_context *c, struct ggml_tensor *node, con
     return status_of(slab_product(slab, m.slab, (int)n, c->n_threads, &c->work));
 }
 
+static int compute_panel_rows(struct backend_context *c, struct ggml_tensor *node) {
+    const struct ggml_tensor *w = node->src[0];
+    const int32_t *ids = node->src[1]->data;
+    uint8_t *row = ffn_scratch_reserve(&c->inputs, w->nb[1]);
+    if (row == NULL) return ABI_STATUS_ALLOC_FAILED;
+    for (int64_t i = 0; i < node->ne[1]; i++) {
+        if (ids[i] < 0 || ids[i] >= w->ne[1]) return ABI_STATUS_FAILED;
+        panel_read(w->type, w->ne[0], w->data, row, (size_t)ids[i] * w->nb[1], w->nb[1]);
+        kernel_dequantize(w->type, w->ne[0], row, row_at(node, i, 0));
+    }
+    return ABI_STATUS_SUCCESS;
+}
+
 static int compute_lookup(struct backend_context *c, struct ggml_tensor *node) {
+    if (buffer_weight(node->src[0])->role == PI_ROLE_PANEL) return compute_panel_rows(c, node);
     const int n = (int)node->ne[1];
     float **out = ffn_scratch_reserve(&c->inputs, (size_t)n * sizeof *out);
     if (out == NULL) return ABI_STATUS_ALLOC_FAILED;
@@ -404,6 +449,7 @@ static int compute_product(struct backend_context *c, struct ggml_cgraph *graph,
         f = (struct fused){.down = node};
         return compute_sparse(c, &f, w);
     case PI_ROLE_SLAB: return compute_slab(c, node, w);
+    case PI_ROLE_PANEL: return compute_panels(c, node);
     default: return compute_dense(c, node, w);
     }
 }

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "buffer.h"
 
+#include "panels.h"
 #include "slab.h"
 
 #include <stdlib.h>
@@ -10,7 +11,7 @@
 
 enum { ALIGNMENT = 64 };
 
-static const struct pi_weight plain_weight = {PI_ROLE_PLAIN, NULL, NULL};
+static const struct pi_weight plain_weight = {PI_ROLE_PLAIN, NULL, NULL}, panel_weight = {PI_ROLE_PANEL, NULL, NULL};
 
 struct buffer_context {
     struct pi_model *model;
@@ -47,6 +48,11 @@ static const struct pi_layer *lora_layer(struct pi_model *model, const char *nam
     return w == NULL ? NULL : w->layer;
 }
 
+/* 0 where it cannot be kept in panels. */
+static size_t tensor_panel_size(const struct ggml_tensor *t) {
+    return t->ne[3] == 1 ? panel_size(t->type, t->ne[0], t->ne[1], t->ne[2]) : 0;
+}
+
 static int buffer_init_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t) {
     struct buffer_context *c = buffer->context;
     if (t->view_src != NULL) return ABI_STATUS_SUCCESS;
@@ -55,6 +61,10 @@ static int buffer_init_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *
         const struct pi_layer *layer = lora_layer(c->model, t->name);
         t->extra = NULL;
         return layer != NULL && layer->order != NULL ? ABI_STATUS_FAILED : ABI_STATUS_SUCCESS;
+    }
+    if (buffer->buft == &c->model->panel_buft) {
+        t->extra = (void *)(uintptr_t)&panel_weight; /* never written to */
+        return tensor_panel_size(t) > 0 ? ABI_STATUS_SUCCESS : ABI_STATUS_FAILED;
     }
     struct pi_weight *w = pi_model_find(c->model, t->name);
     t->extra = w;
@@ -78,13 +88,18 @@ static int buffer_init_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *
 static void buffer_memset_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t, uint8_t value, size_t offset,
                                  size_t size) {
     (void)buffer;
-    if (buffer_weight(t)->role == PI_ROLE_PLAIN) memset((char *)t->data + offset, value, size);
+    const enum pi_role role = buffer_weight(t)->role;
+    if (role == PI_ROLE_PLAIN) memset((char *)t->data + offset, value, size);
+    if (role != PI_ROLE_PANEL) return;
+    for (size_t at = 0; at < size; at++) panel_write(t->type, t->ne[0], t->data, &value, offset + at, 1);
 }
 
 static void buffer_set_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t, const void *data, size_t offset,
                               size_t size) {
     (void)buffer;
-    if (buffer_weight(t)->role == PI_ROLE_PLAIN) memcpy((char *)t->data + offset, data, size);
+    const enum pi_role role = buffer_weight(t)->role;
+    if (role == PI_ROLE_PLAIN) memcpy((char *)t->data + offset, data, size);
+    if (role == PI_ROLE_PANEL) panel_write(t->type, t->ne[0], t->data, data, offset, size);
 }
 
 /* Where rebuilt rows go, and from which layer they come. */
@@ -144,6 +159,10 @@ static void buffer_get_tensor(ggml_backend_buffer_t buffer, const struct ggml_te
         memcpy(data, (const char *)t->data + offset, size);
         return;
     }
+    if (w->role == PI_ROLE_PANEL) {
+        panel_read(t->type, t->ne[0], t->data, data, offset, size);
+        return;
+    }
     const size_t whole = ggml.ggml_nbytes(t);
     uint8_t *copy = offset == 0 && size == whole ? data : malloc(whole);
     int failed = copy == NULL;
@@ -161,9 +180,10 @@ static void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
     (void)value; /* only KV caches and compute buffers are ever cleared, and those never lie here */
 }
 
+/* llama.cpp takes buffer types of the same name for the same one. */
 static const char *buft_name(ggml_backend_buffer_type_t buft) {
-    (void)buft;
-    return "POWERINFER";
+    const struct pi_model *model = buft->context;
+    return buft == &model->panel_buft ? "POWERINFER_PANELS" : "POWERINFER";
 }
 
 static ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t size) {
@@ -178,6 +198,8 @@ static ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t 
         free(c);
         return NULL;
     }
+    /* Panels are read whole for every token. Where bundled tensors lie between them, this would cost memory. */
+    if (buft == &model->panel_buft) (void)madvise(c->base, c->size, MADV_HUGEPAGE);
     pi_model_ref(model);
     const struct ggml_backend_buffer_i iface = {
         .free_buffer = buffer_free,
@@ -196,9 +218,17 @@ static size_t buft_alignment(ggml_backend_buffer_type_t buft) {
     return ALIGNMENT;
 }
 
+/* Panels may need more than the tensor has; llama.cpp asks about every tensor before it allocates a buffer. */
+static size_t buft_alloc_size(ggml_backend_buffer_type_t buft, const struct ggml_tensor *t) {
+    const struct pi_model *model = buft->context;
+    const size_t plain = ggml.ggml_nbytes(t), panels = tensor_panel_size(t);
+    return buft == &model->panel_buft && panels > plain ? panels : plain;
+}
+
 void buffer_type_init(struct ggml_backend_buffer_type *buft, ggml_backend_dev_t device, struct pi_model *model) {
     *buft = (struct ggml_backend_buffer_type){
-        .iface = {.get_name = buft_name, .alloc_buffer = buft_alloc, .get_alignment = buft_alignment},
+        .iface = {.get_name = buft_name, .alloc_buffer = buft_alloc, .get_alignment = buft_alignment,
+                  .get_alloc_size = buft_alloc_size},
         .device = device,
         .context = model,
     };

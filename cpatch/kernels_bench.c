@@ -4,6 +4,7 @@
 #include "ggml_abi.h"
 #include "ffn_tiles.h"
 #include "kernels.h"
+#include "panels.h"
 #include "tiles.h"
 
 #include <omp.h>
@@ -126,4 +127,48 @@ void pi_kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const floa
 void pi_kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
                             int n_cols, float *y) {
     kernel_axpys_scaled(n, cols, scales, a, n_cols, y);
+}
+
+/* The matrix in panels, to be freed; NULL where it cannot be. */
+static uint8_t *packed(int type, int64_t n_in, int64_t n_out, const uint8_t *rows, size_t size, size_t cut) {
+    const size_t bytes = panel_size(type, n_in, n_out, 1);
+    uint8_t *panels = bytes == 0 ? NULL : aligned_alloc(64, (bytes + 63) & ~(size_t)63);
+    if (panels == NULL) return NULL;
+    memset(panels, 0, bytes);
+    for (size_t at = 0; at < size; at += cut) panel_write(type, n_in, panels, rows + at, at, cut < size - at ? cut : size - at);
+    return panels;
+}
+
+int pi_panel_copy(int type, int64_t n_in, int64_t n_out, const uint8_t *rows, int64_t cut, uint8_t *copy) {
+    const size_t size = abi_row_size(type, n_in) * (size_t)n_out, step = (size_t)cut;
+    uint8_t *panels = cut < 1 ? NULL : packed(type, n_in, n_out, rows, size, step);
+    if (panels == NULL) return -1;
+    for (size_t at = (size - 1) / step * step;; at -= step) {
+        panel_read(type, n_in, panels, copy + at, at, step < size - at ? step : size - at);
+        if (at == 0) break;
+    }
+    free(panels);
+    return 0;
+}
+
+int pi_panel_products(int type, int64_t n_in, int64_t n_out, const uint8_t *rows, const float *xs, int n_x, float *out,
+                      int n_threads) {
+    if (!panel_runs() || n_x < 1 || n_threads < 1) return -1;
+    const size_t size = abi_row_size(type, n_in) * (size_t)n_out;
+    uint8_t *panels = packed(type, n_in, n_out, rows, size, size);
+    if (panels == NULL) return -1;
+    uint8_t *scratch = malloc(panel_inputs_size(type, n_in, n_x));
+    const float **inputs = malloc((size_t)n_x * sizeof *inputs);
+    struct panel_product *products = malloc((size_t)n_x * sizeof *products);
+    const bool enough = scratch != NULL && inputs != NULL && products != NULL;
+    for (int i = 0; i < n_x && enough; i++) {
+        inputs[i] = xs + i * n_in;
+        products[i] = (struct panel_product){panels, i, out + i * n_out};
+    }
+    if (enough) panel_products(type, n_in, n_out, inputs, n_x, products, n_x, scratch, n_threads);
+    free(products);
+    free(inputs);
+    free(scratch);
+    free(panels);
+    return enough ? 0 : -1;
 }

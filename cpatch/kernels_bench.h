@@ -22,6 +22,13 @@ void pi_kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_
 void pi_tiles_force(int least_wanted, float dense_share);
 bool pi_tiles_available(void);
 
+/* Panels (panels.h): out[i * n_out + j] = dot(row j, xs + i * n_in), for a matrix of n_out rows in ggml's layout. 0, or -1: it
+ * cannot be kept so, this machine has not the instructions, or out of memory. */
+int pi_panel_products(int type, int64_t n_in, int64_t n_out, const uint8_t *rows, const float *xs, int n_x, float *out,
+                      int n_threads);
+/* Writes rows into panels, `cut` bytes at a time, and reads them back from the last piece to the first. 0 or -1. */
+int pi_panel_copy(int type, int64_t n_in, int64_t n_out, const uint8_t *rows, int64_t cut, uint8_t *copy);
+
 enum pi_kernel_op { PI_KERNEL_DOTS = 0, PI_KERNEL_AXPYS = 1 };
 
 /* What is timed: rows of n weights of a ggml type (I8: the columns with scales), stride bytes apart in buffer. */

@@ -4,6 +4,7 @@
 
 #include "backend.h"
 #include "kernels.h"
+#include "panels.h"
 #include "slab.h"
 
 #include <errno.h>
@@ -53,6 +54,10 @@ void pi_model_close(struct pi_model *model) {
 
 void *pi_model_buft(struct pi_model *model) {
     return &model->buft;
+}
+
+void *pi_model_panel_buft(struct pi_model *model) {
+    return panel_available() ? &model->panel_buft : NULL;
 }
 
 void pi_model_set_dense(struct pi_model *model, bool dense) {
@@ -441,6 +446,7 @@ struct pi_model *pi_model_open(const int *fds, int n_files, int n_layers, const 
     model->activation = (enum pi_activation)activation;
     model->n_layers = n_layers;
     backend_buft_init(&model->buft, model);
+    backend_buft_init(&model->panel_buft, model);
     bool ok = true;
     if (flash != NULL) {
         model->flash = open_flash(fds, n_files, flash, err, err_len);

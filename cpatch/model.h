@@ -22,7 +22,8 @@ enum pi_role {
     PI_ROLE_GATE,
     PI_ROLE_UP,
     PI_ROLE_DOWN,
-    PI_ROLE_SLAB, /* a whole matrix in stock's layout, streamed: slab.h */
+    PI_ROLE_SLAB,  /* a whole matrix in stock's layout, streamed: slab.h */
+    PI_ROLE_PANEL, /* a whole matrix in memory, in panels: panels.h */
 };
 
 struct pi_layer;
@@ -33,7 +34,7 @@ enum { PI_SCALE_GROUP = 32 }; /* neurons that share a row of scales */
 /* What tensor->extra points to for a weight of ours. */
 struct pi_weight {
     enum pi_role role;
-    struct pi_layer *layer; /* NULL for PLAIN and SLAB */
+    struct pi_layer *layer; /* NULL for PLAIN, SLAB and PANEL */
     struct pi_slab *slab;   /* NULL for the others */
 };
 
@@ -67,7 +68,7 @@ struct pi_layer {
 };
 
 struct pi_model {
-    struct ggml_backend_buffer_type buft;
+    struct ggml_backend_buffer_type buft, panel_buft;
     atomic_int refs;
     enum pi_activation activation;
     atomic_bool dense; /* compute every neuron: the reference path */

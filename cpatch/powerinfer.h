@@ -138,6 +138,13 @@ void pi_model_close(struct pi_model *model); /* drops the opener's reference */
 /* The ggml_backend_buffer_type_t to name in llama_model_params.tensor_buft_overrides. */
 void *pi_model_buft(struct pi_model *model);
 
+/* The one to name for matrices that are kept in memory as panels and multiplied by our own kernels (panels.h): of the types
+ * that pi_panel_has_type() knows, used by MUL_MAT and MUL_MAT_ID alone. NULL where stock's kernels serve better. */
+void *pi_model_panel_buft(struct pi_model *model);
+
+/* Can a matrix of n_out rows (of each of n_expert experts, else 1) of n_in values be kept as panels? */
+bool pi_panel_has_type(int type, int64_t n_in, int64_t n_out, int64_t n_expert);
+
 /* true: compute all neurons (the dense reference path); false: only those that fire. Takes effect at once. */
 void pi_model_set_dense(struct pi_model *model, bool dense);
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from gguf_tools.reader import GGUFFile
 from gguf_tools.sparse import SparseLayer
-from gguf_tools.virtual import ModelFiles, virtual_header
+from gguf_tools.virtual import ModelFiles, Source, virtual_header
 from powerinfer_ext import disk
 from powerinfer_ext.errors import PowerInferError
 from powerinfer_ext.placement import DEPTH, RUN, TRANSIT, Context, Placement, place
@@ -42,6 +42,7 @@ _COUNTERS = (
     *("calls", "rows", "neurons", "selected", "fired", "touched", "ns"),
     *("verified", "true_fired", "missed"),
 )  # of struct pi_layer_stats
+_PRODUCTS = re.compile(r"blk\.[0-9]+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp)?)\.weight")
 _ERROR_SIZE = 512
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -299,7 +300,7 @@ def _load(files: ModelFiles, placement: Placement, params: Any, options: Options
     with ThreadPoolExecutor(max_workers=1) as beside:
         threads = max(1, len(os.sched_getaffinity(0)) - 1)
         reading = beside.submit(lib.pi_model_read, model, files.fds[0], threads, message, _ERROR_SIZE)
-        pointer = _load_stream(ffi, lib, virtual, model, placement, params)
+        pointer = _load_stream(ffi, lib, virtual, files, model, placement, params)
     try:
         files.check_unchanged()
         check(reading.result() == 0)
@@ -413,8 +414,21 @@ def _bundled_names(layer: SparseLayer) -> tuple[str | None, str | None, str]:
     return gate, layer.up_name if layer.up_type is not None else None, layer.down_name
 
 
+def _panel_names(lib: Any, tensors: list[Source]) -> list[str]:
+    """The tensors that cpatch/panels.c can multiply with: those that all architectures use in products and, if it is
+    the head too, in look-ups, and nowhere else."""
+
+    def fits(tensor: Source) -> bool:
+        n_in, n_out, n_expert = (*tensor.shape, 1, 1, 1)[:3]
+        return lib.pi_panel_has_type(tensor.type, n_in, n_out, n_expert)
+
+    names = {tensor.name for tensor in tensors if fits(tensor)}
+    head = "output.weight" if any(tensor.name == "output.weight" for tensor in tensors) else "token_embd.weight"
+    return sorted(name for name in names if name == head or _PRODUCTS.fullmatch(name))
+
+
 def _load_stream(
-    ffi: Any, lib: Any, virtual: Any, model: Any, placement: Placement, params: Any
+    ffi: Any, lib: Any, virtual: Any, files: ModelFiles, model: Any, placement: Placement, params: Any
 ) -> int | None:
     """Have stock llama.cpp load the virtual file; None when it refuses. `params` is left as it was given."""
     ours = type(params).from_buffer_copy(params)
@@ -422,10 +436,16 @@ def _load_stream(
     ours.check_tensors = False  # would look at the bytes of holes
     names = [name for bundles in placement.bundles for name in _bundled_names(bundles.layer) if name is not None]
     names += [matrix.source.name for matrix in placement.matrices]
-    overrides = (_BufferTypeOverride * 2)()
-    if names:
-        overrides[0].pattern = rf"^({'|'.join(map(re.escape, names))})$".encode()
-        overrides[0].buffer_type = int(ffi.cast("uintptr_t", lib.pi_model_buft(model)))
+    panels = lib.pi_model_panel_buft(model)
+    kept = [name for name in _panel_names(lib, files.tensors()) if name not in names]
+    overrides = (_BufferTypeOverride * 3)()  # the last one is empty
+    used = 0
+    for chosen, buffer_type in ((names, lib.pi_model_buft(model)), (kept if panels != ffi.NULL else [], panels)):
+        if chosen:
+            overrides[used].pattern = rf"^({'|'.join(map(re.escape, chosen))})$".encode()
+            overrides[used].buffer_type = int(ffi.cast("uintptr_t", buffer_type))
+            used += 1
+    if used:
         ours.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
     stream = int(ffi.cast("uintptr_t", lib.pi_vgguf_file(virtual)))
     return bindings.llama_model_load_from_file_ptr(stream, ours)

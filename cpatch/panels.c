@@ -1,0 +1,427 @@
+/* panels.c - see panels.h. */
+#include "panels.h"
+
+#include "ggml_abi.h"
+#include "kernels.h"
+#include "kernels_simd.h"
+#include "powerinfer.h"
+
+#include <omp.h>
+#include <stdatomic.h>
+#include <string.h>
+
+/* ---- layout --------------------------------------------------------------------------------------------------- */
+
+/* A field of a block, by its place there: `chunk` bytes of a row are followed by those of the next. A plane is a range of
+ * the block's bytes, of which a panel has all blocks' one after the other: one, unless vectors would not be aligned. */
+struct panel_field {
+    uint8_t offset, size, chunk, plane, plane_size;
+};
+
+struct panel_layout {
+    int type, values, block, input; /* values and bytes of a block; bytes of an input's block, see round_piece() */
+    int n_fields;
+    struct panel_field fields[5];
+};
+
+enum { BLOCK_INPUT = 40, K_INPUT = 4 + 64 + 256 };
+
+static const struct panel_layout layouts[] = {
+    {K_Q4_0, 32, 18, BLOCK_INPUT, 2, {{0, 2, 2, 0, 2}, {2, 16, 4, 2, 16}}},
+    {K_Q8_0, 32, 34, BLOCK_INPUT, 2, {{0, 2, 2, 0, 2}, {2, 32, 4, 2, 32}}},
+    {K_Q4_K, 256, 144, K_INPUT, 4, {{0, 2, 2, 0, 144}, {2, 2, 2, 0, 144}, {4, 12, 1, 0, 144}, {16, 128, 4, 0, 144}}},
+    {K_Q5_K, 256, 176, K_INPUT, 5, {{0, 2, 2, 0, 176}, {2, 2, 2, 0, 176}, {4, 12, 1, 0, 176}, {16, 32, 4, 0, 176},
+                                    {48, 128, 4, 0, 176}}},
+    {K_Q6_K, 256, 210, K_INPUT, 4, {{0, 128, 4, 0, 208}, {128, 64, 4, 0, 208}, {192, 16, 1, 0, 208}, {208, 2, 2, 208, 2}}},
+};
+
+static const struct panel_layout *layout_of(int type) {
+    for (size_t i = 0; i < sizeof layouts / sizeof *layouts; i++) {
+        if (layouts[i].type == type) return &layouts[i];
+    }
+    return NULL;
+}
+
+/* Copies a block of a row out of, or into, the panel that it belongs to. */
+static void copy_block(const struct panel_layout *layout, int64_t n_blocks, uint8_t *panel, int64_t row, int64_t b,
+                       uint8_t *block, bool write) {
+    for (int i = 0; i < layout->n_fields; i++) {
+        const struct panel_field f = layout->fields[i];
+        uint8_t *p = panel + PANEL_ROWS * (n_blocks * f.plane + b * f.plane_size + f.offset - f.plane) + row * f.chunk;
+        for (int at = 0; at < f.size; at += f.chunk, p += PANEL_ROWS * f.chunk) {
+            if (write) memcpy(p, block + f.offset + at, f.chunk);
+            else memcpy(block + f.offset + at, p, f.chunk);
+        }
+    }
+}
+
+/* panel_write() and panel_read(); `data` is only written to by the latter. */
+static void copy(int type, int64_t n_in, uint8_t *panels, uint8_t *data, size_t offset, size_t size, bool write) {
+    const struct panel_layout *layout = layout_of(type);
+    const size_t block = (size_t)layout->block;
+    const int64_t n_blocks = n_in / layout->values;
+    while (size > 0) {
+        const size_t at = offset % block, part = block - at < size ? block - at : size;
+        const int64_t b = (int64_t)(offset / block) % n_blocks, row = (int64_t)(offset / block) / n_blocks;
+        uint8_t *panel = panels + (size_t)(row / PANEL_ROWS) * PANEL_ROWS * (size_t)n_blocks * block;
+        uint8_t whole[256];
+        if (part < block || !write) copy_block(layout, n_blocks, panel, row % PANEL_ROWS, b, whole, false);
+        if (write) {
+            memcpy(whole + at, data, part);
+            copy_block(layout, n_blocks, panel, row % PANEL_ROWS, b, whole, true);
+        } else {
+            memcpy(data, whole + at, part);
+        }
+        data += part;
+        offset += part;
+        size -= part;
+    }
+}
+
+void panel_write(int type, int64_t n_in, uint8_t *panels, const uint8_t *data, size_t offset, size_t size) {
+    copy(type, n_in, panels, (uint8_t *)(uintptr_t)data, offset, size, true);
+}
+
+void panel_read(int type, int64_t n_in, const uint8_t *panels, uint8_t *data, size_t offset, size_t size) {
+    copy(type, n_in, (uint8_t *)(uintptr_t)panels, data, offset, size, false);
+}
+
+size_t panel_size(int type, int64_t n_in, int64_t n_out, int64_t n_expert) {
+    const struct panel_layout *layout = layout_of(type);
+    if (layout == NULL || n_in <= 0 || n_in % layout->values != 0 || n_out <= 0 || n_expert < 1) return 0;
+    if (n_expert > 1 && n_out % PANEL_ROWS != 0) return 0; /* experts lie one after the other */
+    const size_t rows = (size_t)((n_out + PANEL_ROWS - 1) / PANEL_ROWS) * PANEL_ROWS * (size_t)n_expert;
+    return rows * (size_t)(n_in / layout->values) * (size_t)layout->block;
+}
+
+bool pi_panel_has_type(int type, int64_t n_in, int64_t n_out, int64_t n_expert) {
+    return panel_size(type, n_in, n_out, n_expert) > 0;
+}
+
+size_t panel_inputs_size(int type, int64_t n_in, int n_inputs) {
+    const struct panel_layout *layout = layout_of(type);
+    return (size_t)n_inputs * (size_t)(n_in / layout->values) * (size_t)layout->input;
+}
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi,popcnt")
+#include <immintrin.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+bool panel_runs(void) {
+    const char *level = kernel_level();
+    return strcmp(level, "avx512vnni") == 0 || strcmp(level, "avx512vbmi") == 0;
+}
+
+bool panel_available(void) {
+    return panel_runs() && !__builtin_cpu_supports("amx-int8");
+}
+
+/* ---- inputs --------------------------------------------------------------------------------------------------- */
+
+/* What is taken off weights to make them unsigned bytes. */
+INLINE int bias_of(int type) {
+    return type == K_Q4_0 ? 8 : type == K_Q8_0 ? 128 : type == K_Q6_K ? 32 : 0;
+}
+
+enum { PIECE = 1024 }; /* values that are rounded at a time */
+
+/* n values as ggml rounds them, with their sums: for types of 32, a float scale, the block's sum times -bias, 32 bytes;
+ * for types of 256, a float scale, the sums of 16 values each times -bias (Q4_K, Q5_K: of 32, as they are), 256 bytes. */
+static void round_piece(int type, int64_t n, const float *x, uint8_t *out) {
+    uint8_t rounded[PIECE / 256 * 292 > PIECE / 32 * 34 ? PIECE / 256 * 292 : PIECE / 32 * 34];
+    const int bias = bias_of(type);
+    kernel_round_input(kernel_input_type(type), n, x, rounded);
+    if (bias == 8 || bias == 128) {
+        for (int64_t b = 0; b < n / 32; b++, out += BLOCK_INPUT) {
+            const uint8_t *block = rounded + b * 34;
+            uint16_t half;
+            memcpy(&half, block, 2);
+            const float scale = _cvtsh_ss(half);
+            int32_t sum = 0;
+            for (int i = 0; i < 32; i++) sum += (int8_t)block[2 + i];
+            sum *= -bias;
+            memcpy(out, &scale, 4);
+            memcpy(out + 4, &sum, 4);
+            memcpy(out + 8, block + 2, 32);
+        }
+        return;
+    }
+    for (int64_t b = 0; b < n / 256; b++, out += K_INPUT) {
+        const uint8_t *block = rounded + b * 292; /* float scale, 256 bytes, 16 sums of 16 */
+        int16_t of16[16];
+        int32_t sums[16] = {0};
+        memcpy(of16, block + 260, 32);
+        for (int i = 0; i < 16; i++) {
+            if (bias != 0) sums[i] = -bias * of16[i];
+            else sums[i / 2] += of16[i];
+        }
+        memcpy(out, block, 4);
+        memcpy(out + 4, sums, 64);
+        memcpy(out + 68, block + 4, 256);
+    }
+}
+
+/* ---- products ------------------------------------------------------------------------------------------------- */
+
+INLINE __m512i four_bytes(const uint8_t *p) {
+    int32_t v;
+    memcpy(&v, p, 4);
+    return _mm512_set1_epi32(v);
+}
+
+INLINE __m512 one_float(const uint8_t *p) {
+    float v;
+    memcpy(&v, p, 4);
+    return _mm512_set1_ps(v);
+}
+
+INLINE __m512 halves(const uint8_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+
+INLINE __m512i bytes(const uint8_t *p) {
+    return _mm512_loadu_si512(p);
+}
+
+/* Nibbles: the low ones (half 0) or the high ones. */
+INLINE __m512i nibbles(__m512i q, int half) {
+    return _mm512_and_si512(half ? _mm512_srli_epi16(q, 4) : q, _mm512_set1_epi8(15));
+}
+
+/* Weights are fetched from memory by instructions, ahead of their use: without them a core gets 16 GB/s, with them 22 to 24
+ * of the 31 that plain reading does (Zen 4). Blocks of 256 are fetched whole into the second cache level; the first would
+ * have dropped some of them again. */
+enum { AHEAD = 6144, BLOCKS_AHEAD = 4096 };
+
+INLINE void fetch(const uint8_t *p, int size) {
+    for (int at = 0; at < size; at += 64) _mm_prefetch((const char *)p + at, _MM_HINT_T1);
+}
+
+/* Q4_0, Q8_0: adds the products with T inputs to their sums. */
+INLINE void panel_blocks(int type, int64_t n_blocks, const uint8_t *panel, const uint8_t *const *xs, int T, __m512 *sum) {
+    const uint8_t *scales = panel, *q = panel + PANEL_ROWS * 2 * n_blocks;
+    const int n_vectors = type == K_Q4_0 ? 4 : 8;
+    for (int64_t b = 0; b < n_blocks; b++, scales += 32, q += n_vectors * 64) {
+        __m512i w[8];
+        UNROLL for (int i = 0; i < n_vectors; i++) {
+            const __m512i v = bytes(q + i * 64);
+            if (T == 1) _mm_prefetch((const char *)q + i * 64 + BLOCKS_AHEAD, _MM_HINT_T0);
+            if (type == K_Q4_0) {
+                w[i] = nibbles(v, 0);
+                w[i + 4] = nibbles(v, 1);
+            } else {
+                w[i] = _mm512_xor_si512(v, _mm512_set1_epi8((char)128));
+            }
+        }
+        const __m512 d = halves(scales);
+        UNROLL for (int t = 0; t < T; t++) {
+            const uint8_t *x = xs[t] + b * BLOCK_INPUT;
+            __m512i acc = four_bytes(x + 4);
+            UNROLL for (int i = 0; i < 8; i++) acc = _mm512_dpbusd_epi32(acc, w[i], four_bytes(x + 8 + i * 4));
+            sum[t] = _mm512_fmadd_ps(_mm512_mul_ps(d, one_float(x)), _mm512_cvtepi32_ps(acc), sum[t]);
+        }
+    }
+}
+
+/* The 6-bit scales and minima of 8 groups of 32 values, of 16 rows. */
+INLINE void k_scales(const uint8_t *p, __m128i scale[8], __m128i minimum[8]) {
+    const __m128i low6 = _mm_set1_epi8(63), low4 = _mm_set1_epi8(15), top2 = _mm_set1_epi8(48);
+    __m128i s[12];
+    UNROLL for (int i = 0; i < 12; i++) s[i] = _mm_loadu_si128((const __m128i *)(p + i * 16));
+    UNROLL for (int g = 0; g < 4; g++) {
+        scale[g] = _mm_and_si128(s[g], low6);
+        minimum[g] = _mm_and_si128(s[g + 4], low6);
+        scale[g + 4] = _mm_or_si128(_mm_and_si128(s[g + 8], low4), _mm_and_si128(_mm_srli_epi16(s[g], 2), top2));
+        minimum[g + 4] = _mm_or_si128(_mm_and_si128(_mm_srli_epi16(s[g + 8], 4), low4),
+                                      _mm_and_si128(_mm_srli_epi16(s[g + 4], 2), top2));
+    }
+}
+
+/* Q4_K, Q5_K. */
+INLINE void panel_k(int type, int64_t n_blocks, const uint8_t *panel, const uint8_t *const *xs, int T, __m512 *sum) {
+    const int high_size = type == K_Q5_K ? 512 : 0, size = 256 + high_size + 2048;
+    for (int64_t b = 0; b < n_blocks; b++, panel += size) {
+        const uint8_t *d = panel, *dmin = d + 32, *s = dmin + 32, *high = s + 192, *q = high + high_size;
+        if (T == 1) fetch(panel + AHEAD, size);
+        __m128i scale[8], minimum[8];
+        __m512i total[4], below[4];
+        k_scales(s, scale, minimum);
+        UNROLL for (int t = 0; t < T; t++) total[t] = below[t] = _mm512_setzero_si512();
+        UNROLL for (int g = 0; g < 8; g++) {
+            __m512i w[8];
+            UNROLL for (int i = 0; i < 8; i++) {
+                const uint8_t *at = q + (g / 2 * 8 + i) * 64;
+                w[i] = nibbles(bytes(at), g % 2);
+                if (type == K_Q5_K) {
+                    const __m512i h = bytes(high + i * 64);
+                    const __m512i bit = g < 4 ? _mm512_slli_epi16(h, 4 - g) : _mm512_srli_epi16(h, g - 4);
+                    w[i] = _mm512_or_si512(w[i], _mm512_and_si512(bit, _mm512_set1_epi8(16)));
+                }
+            }
+            const __m512i by = _mm512_cvtepu8_epi32(scale[g]), off = _mm512_cvtepu8_epi32(minimum[g]);
+            UNROLL for (int t = 0; t < T; t++) {
+                const uint8_t *x = xs[t] + b * K_INPUT;
+                __m512i acc = _mm512_setzero_si512();
+                UNROLL for (int i = 0; i < 8; i++) acc = _mm512_dpbusd_epi32(acc, w[i], four_bytes(x + 68 + g * 32 + i * 4));
+                total[t] = _mm512_add_epi32(total[t], _mm512_mullo_epi32(acc, by));
+                below[t] = _mm512_add_epi32(below[t], _mm512_mullo_epi32(four_bytes(x + 4 + g * 4), off));
+            }
+        }
+        const __m512 by = halves(d), off = halves(dmin);
+        UNROLL for (int t = 0; t < T; t++) {
+            const __m512 dx = one_float(xs[t] + b * K_INPUT);
+            sum[t] = _mm512_fmadd_ps(_mm512_mul_ps(by, dx), _mm512_cvtepi32_ps(total[t]), sum[t]);
+            sum[t] = _mm512_fnmadd_ps(_mm512_mul_ps(off, dx), _mm512_cvtepi32_ps(below[t]), sum[t]);
+        }
+    }
+}
+
+/* Q6_K: of 128 values, bytes l of 64 have the low bits of values l and l + 64, and byte l of 32 the two high ones of values
+ * l, l + 32, l + 64 and l + 96. */
+INLINE void panel_q6_k(int64_t n_blocks, const uint8_t *panel, const uint8_t *const *xs, int T, __m512 *sum) {
+    const uint8_t *d = panel + 3328 * n_blocks;
+    for (int64_t b = 0; b < n_blocks; b++, panel += 3328, d += 32) {
+        const uint8_t *low = panel, *high = panel + 2048, *s = panel + 3072;
+        if (T == 1) fetch(panel + AHEAD, 3328);
+        __m512i total[4];
+        UNROLL for (int t = 0; t < T; t++) total[t] = _mm512_setzero_si512();
+        UNROLL for (int g = 0; g < 16; g++) { /* of 16 values each */
+            const int quarter = g % 8 / 2, first = g / 8 * 16 + quarter % 2 * 8 + g % 2 * 4;
+            __m512i w[4];
+            UNROLL for (int i = 0; i < 4; i++) {
+                const uint8_t *at = low + (first + i) * 64, *top = high + (g / 8 * 8 + g % 2 * 4 + i) * 64;
+                const __m512i h = bytes(top);
+                const __m512i bits = quarter == 0   ? _mm512_slli_epi16(h, 4)
+                                     : quarter == 1 ? _mm512_slli_epi16(h, 2)
+                                     : quarter == 2 ? h
+                                                    : _mm512_srli_epi16(h, 2);
+                w[i] = _mm512_or_si512(nibbles(bytes(at), quarter / 2), _mm512_and_si512(bits, _mm512_set1_epi8(48)));
+            }
+            const __m512i by = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(s + g * 16)));
+            UNROLL for (int t = 0; t < T; t++) {
+                const uint8_t *x = xs[t] + b * K_INPUT;
+                __m512i acc = four_bytes(x + 4 + g * 4);
+                UNROLL for (int i = 0; i < 4; i++) acc = _mm512_dpbusd_epi32(acc, w[i], four_bytes(x + 68 + g * 16 + i * 4));
+                total[t] = _mm512_add_epi32(total[t], _mm512_mullo_epi32(acc, by));
+            }
+        }
+        const __m512 by = halves(d);
+        UNROLL for (int t = 0; t < T; t++) {
+            const __m512 scale = _mm512_mul_ps(by, one_float(xs[t] + b * K_INPUT));
+            sum[t] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(total[t]), sum[t]);
+        }
+    }
+}
+
+INLINE void panel_inputs(int type, int64_t n_blocks, const uint8_t *panel, const uint8_t *const *xs, int T,
+                         float *const *out, __mmask16 rows) {
+    __m512 sum[4];
+    UNROLL for (int t = 0; t < T; t++) sum[t] = _mm512_setzero_ps();
+    if (type == K_Q4_0 || type == K_Q8_0) panel_blocks(type, n_blocks, panel, xs, T, sum);
+    else if (type == K_Q6_K) panel_q6_k(n_blocks, panel, xs, T, sum);
+    else panel_k(type, n_blocks, panel, xs, T, sum);
+    UNROLL for (int t = 0; t < T; t++) _mm512_mask_storeu_ps(out[t], rows, sum[t]);
+}
+
+/* One panel with n inputs; the type is a constant in each of its uses. */
+INLINE void panel_all(int type, int64_t n_blocks, const uint8_t *panel, const uint8_t *const *xs, int n, float *const *out,
+                      __mmask16 rows) {
+    for (; n >= 4; n -= 4, xs += 4, out += 4) panel_inputs(type, n_blocks, panel, xs, 4, out, rows);
+    if (n == 3) panel_inputs(type, n_blocks, panel, xs, 3, out, rows);
+    if (n == 2) panel_inputs(type, n_blocks, panel, xs, 2, out, rows);
+    if (n == 1) panel_inputs(type, n_blocks, panel, xs, 1, out, rows);
+}
+
+static void panel_any(int type, int64_t n_blocks, const uint8_t *panel, const uint8_t *const *xs, int n, float *const *out,
+                      __mmask16 rows) {
+    switch (type) {
+    case K_Q4_0: panel_all(K_Q4_0, n_blocks, panel, xs, n, out, rows); return;
+    case K_Q8_0: panel_all(K_Q8_0, n_blocks, panel, xs, n, out, rows); return;
+    case K_Q4_K: panel_all(K_Q4_K, n_blocks, panel, xs, n, out, rows); return;
+    case K_Q5_K: panel_all(K_Q5_K, n_blocks, panel, xs, n, out, rows); return;
+    case K_Q6_K: panel_all(K_Q6_K, n_blocks, panel, xs, n, out, rows); return;
+    }
+}
+
+enum { TOGETHER = 64 }; /* inputs that a panel meets before the next panel does: they stay in the second cache level */
+
+/* Panels lo to hi - 1 of the matrix that n products share. */
+static void panel_range(const struct panel_layout *layout, int64_t n_blocks, int64_t n_out,
+                        const struct panel_product *products, int n, const uint8_t *inputs, size_t input_size, int64_t lo,
+                        int64_t hi) {
+    const size_t panel_size = PANEL_ROWS * (size_t)n_blocks * (size_t)layout->block;
+    for (int at = 0; at < n; at += TOGETHER) {
+        const int some = n - at < TOGETHER ? n - at : TOGETHER;
+        const uint8_t *xs[TOGETHER];
+        float *out[TOGETHER];
+        for (int i = 0; i < some; i++) {
+            xs[i] = inputs + (size_t)products[at + i].input * input_size;
+            out[i] = products[at + i].out + lo * PANEL_ROWS;
+        }
+        for (int64_t p = lo; p < hi; p++) {
+            const int64_t rows = n_out - p * PANEL_ROWS;
+            panel_any(layout->type, n_blocks, products[at].panels + (size_t)p * panel_size, xs, some, out,
+                      rows < PANEL_ROWS ? (__mmask16)((1 << rows) - 1) : (__mmask16)0xffff);
+            for (int i = 0; i < some; i++) out[i] += PANEL_ROWS;
+        }
+    }
+}
+
+/* How many products from the first on have its matrix. */
+static int run_length(const struct panel_product *products, int n) {
+    int k = 1;
+    while (k < n && products[k].panels == products[0].panels) k++;
+    return k;
+}
+
+void panel_products(int type, int64_t n_in, int64_t n_out, const float *const *xs, int n_inputs,
+                    const struct panel_product *products, int n, uint8_t *scratch, int n_threads) {
+    const struct panel_layout *layout = layout_of(type);
+    const int64_t n_blocks = n_in / layout->values, n_panels = (n_out + PANEL_ROWS - 1) / PANEL_ROWS;
+    const int64_t n_pieces = (n_in + PIECE - 1) / PIECE;
+    const size_t input_size = (size_t)n_blocks * (size_t)layout->input;
+    int n_runs = 0;
+    for (int i = 0; i < n; i += run_length(products + i, n - i)) n_runs++;
+    /* Small parts, taken by whoever is free: a core that is held up takes fewer. */
+    const int64_t all = n_runs * n_panels, part = all / (n_threads * 16) + 1;
+    atomic_llong next = 0;
+#pragma omp parallel num_threads(n_threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t k = 0; k < n_inputs * n_pieces; k++) {
+            const int64_t i = k / n_pieces, lo = k % n_pieces * PIECE, values = n_in - lo < PIECE ? n_in - lo : PIECE;
+            round_piece(type, values, xs[i] + lo,
+                        scratch + (size_t)i * input_size + (size_t)(lo / layout->values) * (size_t)layout->input);
+        }
+        for (int64_t lo; (lo = atomic_fetch_add_explicit(&next, part, memory_order_relaxed)) < all;) {
+            const int64_t hi = lo + part < all ? lo + part : all;
+            int64_t run = 0;
+            for (int i = 0, length; i < n && run * n_panels < hi; i += length, run++) {
+                length = run_length(products + i, n - i);
+                const int64_t from = run * n_panels > lo ? 0 : lo - run * n_panels;
+                const int64_t to = hi - run * n_panels < n_panels ? hi - run * n_panels : n_panels;
+                if (from < to) panel_range(layout, n_blocks, n_out, products + i, length, scratch, input_size, from, to);
+            }
+        }
+    }
+}
+
+#else
+
+bool panel_runs(void) {
+    return false;
+}
+
+bool panel_available(void) {
+    return false;
+}
+
+void panel_products(int type, int64_t n_in, int64_t n_out, const float *const *xs, int n_inputs,
+                    const struct panel_product *products, int n, uint8_t *scratch, int n_threads) {
+    (void)type, (void)n_in, (void)n_out, (void)xs, (void)n_inputs, (void)products, (void)n, (void)scratch, (void)n_threads;
+}
+
+#endif
