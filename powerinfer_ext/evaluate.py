@@ -251,6 +251,7 @@ def evaluate(
     memory: int | str | None = None,
     io: str = "auto",
     threads: int = 1,
+    extra_bufts: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Compare the sparse-GGUF with the dense model over `tokens` positions of `text`.
@@ -265,6 +266,8 @@ def evaluate(
             of its neurons instead; None for what the file is.
         floor: also measure how far stock is from itself (needs dense_path, and loads it twice).
         memory, io: of the sparse model alone, as for `powerinfer_ext.Llama`; the others are beside it in this process.
+        extra_bufts: of the sparse model alone: weights may be kept in other layouts than the file's (panels.h). Products
+            are the same up to the order of floating-point additions.
         progress: called with (tokens read, tokens to read in all); each model reads each window.
 
     Returns the JSON of `powerinfer eval`. The figures at its top level are those of the pass with the greater
@@ -278,7 +281,7 @@ def evaluate(
     floor = floor and dense_path is not None
     with contextlib.ExitStack() as stack:
         settings = {"window": window, "threads": threads}
-        ours = {"sparse_mode": sparse_mode, "memory": memory, "io": io}
+        ours = {"sparse_mode": sparse_mode, "memory": memory, "io": io, "extra_bufts": extra_bufts}
         sparse = stack.enter_context(LlamaScorer(sparse_path, **settings, **ours))
         dense: Scorer
         if dense_path is not None:

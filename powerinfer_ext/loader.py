@@ -251,7 +251,8 @@ def load(
     Args:
         path: the file, or the file already open (it is taken over and closed).
         params: `llama_model_params`. Loading through a stream sets `load_mode` (no mmap, no mlock), `check_tensors`
-            and `tensor_buft_overrides`; everything else is used as given.
+            and `tensor_buft_overrides`; everything else is used as given. Without `use_extra_bufts` we, too, leave
+            attention, deciding products and the head to stock's plain kernels.
         options: how to run it.
 
     Returns the `llama_model_p` (free it with `llama_model_free`) and the engine behind it; None for a stock GGUF of
@@ -436,7 +437,7 @@ def _load_stream(
     ours.check_tensors = False  # would look at the bytes of holes
     names = [name for bundles in placement.bundles for name in _bundled_names(bundles.layer) if name is not None]
     names += [matrix.source.name for matrix in placement.matrices]
-    panels = lib.pi_model_panel_buft(model)
+    panels = lib.pi_model_panel_buft(model) if params.use_extra_bufts else ffi.NULL
     kept = [name for name in _panel_names(lib, files.tensors()) if name not in names]
     overrides = (_BufferTypeOverride * 3)()  # the last one is empty
     used = 0
