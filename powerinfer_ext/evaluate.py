@@ -266,8 +266,8 @@ def evaluate(
             of its neurons instead; None for what the file is.
         floor: also measure how far stock is from itself (needs dense_path, and loads it twice).
         memory, io: of the sparse model alone, as for `powerinfer_ext.Llama`; the others are beside it in this process.
-        extra_bufts: of the sparse model alone: weights may be kept in other layouts than the file's (panels.h). Products
-            are the same up to the order of floating-point additions.
+        extra_bufts: of the sparse model alone: weights may be kept in other layouts than the file's (panels.h), whose
+            products are the same up to the order of floating-point additions.
         progress: called with (tokens read, tokens to read in all); each model reads each window.
 
     Returns the JSON of `powerinfer eval`. The figures at its top level are those of the pass with the greater

@@ -119,8 +119,8 @@ def test_natively_sparse_models_agree_with_stock(models: dict[str, str], name: s
 
 @pytest.mark.parametrize("name", ["arcee-q8", "smallthinker-q8"])
 def test_so_they_do_with_products_of_our_own(models: dict[str, str], name: str) -> None:
-    """Panels add 8-bit weights' products up in another order than stock: where inputs are rounded to 8 bits next, some are
-    rounded the other way. Random models amplify that, in a perplexity of thousands too."""
+    """Panels add products of 8-bit weights up in another order than stock: where inputs are rounded to 8 bits next,
+    some are rounded the other way. Random models amplify that, in a perplexity of thousands too."""
     result = evaluate(models[f"{name}.sparse"], models[name], TEXT, **FAST)
     assert result["mean_kl"] < 1e-4
     assert result["top1_agreement"] >= 0.99
