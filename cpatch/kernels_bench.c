@@ -172,3 +172,25 @@ int pi_panel_products(int type, int64_t n_in, int64_t n_out, const uint8_t *rows
     free(panels);
     return enough ? 0 : -1;
 }
+
+double pi_panel_seconds(int type, int64_t n_in, int64_t n_out, const void *panels, int n_threads) {
+    if (!panel_runs() || panel_size(type, n_in, n_out, 1) == 0 || n_threads < 1) return -1.0;
+    uint8_t *scratch = malloc(panel_inputs_size(type, n_in, 1));
+    float *x = calloc((size_t)n_in, sizeof *x), *out = malloc((size_t)n_out * sizeof *out);
+    double taken = -1.0;
+    if (scratch != NULL && x != NULL && out != NULL) {
+        const struct panel_product product = {panels, 0, out};
+        const float *input = x;
+        const double start = seconds();
+        panel_products(type, n_in, n_out, &input, 1, &product, 1, scratch, n_threads);
+        taken = seconds() - start;
+    }
+    free(out);
+    free(x);
+    free(scratch);
+    return taken;
+}
+
+bool pi_panel_available(void) {
+    return panel_available();
+}

@@ -43,6 +43,13 @@ struct pi_kernel_job {
 /* Seconds that n_threads need for the rows listed, each thread its share of the list; -1.0: out of memory. */
 double pi_kernel_seconds(const struct pi_kernel_job *job, const int32_t *rows, int n_rows, int n_threads);
 
+/* Seconds that n_threads need for the product of one input with a matrix of n_out rows in panels; -1.0: out of memory, or
+ * pi_panel_products() would not do it. */
+double pi_panel_seconds(int type, int64_t n_in, int64_t n_out, const void *panels, int n_threads);
+
+/* Whether matrices that stay in memory become panels on this machine. */
+bool pi_panel_available(void);
+
 /* Seconds that n_threads need to read size bytes, each its part, from one end to the other. */
 double pi_read_seconds(const void *buffer, int64_t size, int n_threads);
 

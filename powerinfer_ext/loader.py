@@ -415,9 +415,10 @@ def _bundled_names(layer: SparseLayer) -> tuple[str | None, str | None, str]:
     return gate, layer.up_name if layer.up_type is not None else None, layer.down_name
 
 
-def _panel_names(lib: Any, tensors: list[Source]) -> list[str]:
+def panel_names(tensors: list[Source]) -> list[str]:
     """The tensors that cpatch/panels.c can multiply with: those that all architectures use in products and, if it is
     the head too, in look-ups, and nowhere else."""
+    _, lib = native()
 
     def fits(tensor: Source) -> bool:
         n_in, n_out, n_expert = (*tensor.shape, 1, 1, 1)[:3]
@@ -438,7 +439,7 @@ def _load_stream(
     names = [name for bundles in placement.bundles for name in _bundled_names(bundles.layer) if name is not None]
     names += [matrix.source.name for matrix in placement.matrices]
     panels = lib.pi_model_panel_buft(model) if params.use_extra_bufts else ffi.NULL
-    kept = [name for name in _panel_names(lib, files.tensors()) if name not in names]
+    kept = [name for name in panel_names(files.tensors()) if name not in names]
     overrides = (_BufferTypeOverride * 3)()  # the last one is empty
     used = 0
     for chosen, buffer_type in ((names, lib.pi_model_buft(model)), (kept if panels != ffi.NULL else [], panels)):

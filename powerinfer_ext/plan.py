@@ -69,10 +69,12 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Speeds:
-    """Bytes of weights per second with all threads: stock's products, our kernels on whole rows (`experts`) and on
-    scattered neurons; plain reading from memory; and the disk, None where it cannot be measured."""
+    """Bytes of weights per second with all threads: stock's products, ours with matrices in panels, our kernels on whole
+    rows (`experts`) and on scattered neurons; plain reading from memory; and the disk, None where it cannot be measured.
+    """
 
     stock: float
+    panels: float
     experts: float
     neurons: float
     memory: float
@@ -281,7 +283,9 @@ def measure(model: Model, threads: int, path: str | os.PathLike[str] | None, fre
     if layer is not None:
         kinds = [kind for kind in (layer.up_type, layer.gate_type) if kind is not None]
         neurons = _kernel_rate(kinds[0] if kinds else None, layer.down_type, n_embd, layer.stride, whole, threads, True)
-    return Speeds(_stock_rate(main, n_embd, whole, threads), experts, neurons, _memory(), _disk(path, fresh))
+    stock = _stock_rate(main, n_embd, whole, threads)
+    panels = _panel_rate(main, n_embd, whole, threads) or stock
+    return Speeds(stock, panels, experts, neurons, _memory(), _disk(path, fresh))
 
 
 def mean(measured: list[Speeds]) -> Speeds:
@@ -292,7 +296,7 @@ def mean(measured: list[Speeds]) -> Speeds:
 
     disks = [each.disk for each in measured if each.disk is not None]
     device = disk.DiskCost(*means(disks, "latency", "bandwidth", "round_trip")) if disks else None
-    return Speeds(*means(measured, "stock", "experts", "neurons", "memory"), device)
+    return Speeds(*means(measured, "stock", "panels", "experts", "neurons", "memory"), device)
 
 
 def _memory() -> float:
@@ -340,6 +344,21 @@ def _kernel_rate(dots: int | None, axpys: int, n: int, stride: int, size: int, t
         seconds += min(found)
         touched += len(chosen) * (n if kind == _I8 else row_bytes(kind, n))
     return touched / seconds
+
+
+def _panel_rate(kind: int, n: int, size: int, threads: int) -> float | None:
+    """Bytes of weights per second of products with one vector in panels; None where matrices do not become panels."""
+    from powerinfer_ext.loader import native
+
+    ffi, lib = native()
+    rows = size // row_bytes(kind, n)
+    if not lib.pi_panel_available() or not lib.pi_panel_has_type(kind, n, rows, 1):
+        return None
+    buffer = np.full(rows * row_bytes(kind, n) + (1 << 16), 17, np.uint8)
+    found = [lib.pi_panel_seconds(kind, n, rows, ffi.from_buffer(buffer), threads) for _ in range(5)]
+    if min(found) <= 0:
+        raise MemoryError("there is no memory to measure panels in")
+    return rows * row_bytes(kind, n) / min(found)
 
 
 class _InitParams(ctypes.Structure):
@@ -470,16 +489,20 @@ class _Cost:
 
 def predict(model: Model, placement: Placement, speeds: Speeds) -> Row:
     """What decoding a token would be like with `placement`."""
+    from powerinfer_ext.loader import panel_names
+
     cost = _Cost(compute=model.blocks * _BLOCK)
     ours = {matrix.source.name for matrix in placement.matrices if matrix.kind in ("experts", "tiles")}
     tied = all(source.name != "output.weight" for source in model.sources)
+    loaded_by_us = model.files.sparse is not None or placement.streams
+    panels = set(panel_names(model.sources)) if loaded_by_us else set()
     for source in model.sources:
         looked_up = source.name == "token_embd.weight" and not tied
         if source.name in ours or source.file < 0 or looked_up:
             continue
         share = model.routed if "_exps." in source.name else 1.0
         cost.touched += source.nbytes * share
-        cost.compute += source.nbytes * share / speeds.stock
+        cost.compute += source.nbytes * share / (speeds.panels if source.name in panels else speeds.stock)
     waits: dict[int, str] = {}
     for bundle in placement.bundles:
         _add_neurons(cost, model, bundle, speeds)
@@ -690,6 +713,7 @@ def plan(
             ],
             "speeds": {
                 "stock_gbps": speeds.stock / 1e9,
+                "panels_gbps": speeds.panels / 1e9,
                 "experts_gbps": speeds.experts / 1e9,
                 "neurons_gbps": speeds.neurons / 1e9,
                 "memory_gbps": speeds.memory / 1e9,

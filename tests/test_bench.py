@@ -46,7 +46,7 @@ def result(models: tuple[str, str]) -> dict[str, Any]:
     patch = pytest.MonkeyPatch()  # the bandwidths need not be right here
     memory, reads = roofline.memory_bandwidth, roofline.disk_speeds
     patch.setattr(figures, "OTHERS_THRESHOLD", 2.0)  # nor the machine quiet
-    patch.setattr(bench, "_rates", lambda path, threads: plan.Speeds(2e10, 2e10, 1e10, 3e10, None))
+    patch.setattr(bench, "_rates", lambda path, threads: plan.Speeds(2e10, 2e10, 2e10, 1e10, 3e10, None))
     patch.setattr(disk, "cost", lambda path, remeasure: disk.DiskCost(1e-5, 1e9, 1e-4))
     patch.setattr(roofline, "memory_bandwidth", lambda: memory(0.02))
     patch.setattr(roofline, "disk_speeds", lambda path: reads(path, 0.005))

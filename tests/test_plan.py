@@ -24,7 +24,7 @@ from powerinfer_ext.errors import PowerInferError
 from powerinfer_ext.placement import Context, place
 
 DEVICE = disk.DiskCost(latency=1e-5, bandwidth=1e9, round_trip=1e-4)
-SPEEDS = plan.Speeds(stock=20e9, experts=20e9, neurons=10e9, memory=30e9, disk=DEVICE)
+SPEEDS = plan.Speeds(stock=20e9, panels=20e9, experts=20e9, neurons=10e9, memory=30e9, disk=DEVICE)
 MIB = 1 << 20
 
 
