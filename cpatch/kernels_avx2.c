@@ -1,11 +1,11 @@
 /* kernels_avx2.c - AVX2 with FMA and F16C. */
 #include "kernels_simd.h"
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma,f16c")
-#define NAME "avx2"
-#define SIGNED_BIAS 0
 #include <immintrin.h>
 #include <string.h>
+BEGIN_TARGET("avx2,fma,f16c")
+#define NAME "avx2"
+#define SIGNED_BIAS 0
 
 #define LANES 2
 #define WIDTH 8
@@ -109,6 +109,7 @@ PRIMITIVE vi minus_32_times(vi a, vi b) { return _mm256_sub_epi32(a, _mm256_slli
 
 #include "kernels_template.h"
 const struct kernel_level *const kernel_avx2 = &level;
+END_TARGET
 #else
 const struct kernel_level *const kernel_avx2 = NULL;
 #endif

@@ -2,21 +2,21 @@
  * included from kernels_avx512vbmi.c. */
 #include "kernels_simd.h"
 #if defined(__x86_64__)
+#include <immintrin.h>
+#include <string.h>
 #ifdef WITH_VBMI
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")
 #define NAME "avx512vbmi"
 #define SIGNED_BIAS 128
 #elif defined(WITH_VNNI)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 #define NAME "avx512vnni"
 #define SIGNED_BIAS 128 /* VNNI multiplies unsigned with signed bytes */
 #else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define NAME "avx512"
 #define SIGNED_BIAS 0
 #endif
-#include <immintrin.h>
-#include <string.h>
 
 #define LANES 4
 #define WIDTH 16
@@ -25,7 +25,7 @@
 #ifndef WITH_VBMI
 #define DOTS_ONLY
 #endif
-#define PRIMITIVE static inline __attribute__((always_inline))
+#define PRIMITIVE static inline __attribute__((always_inline, unused)) /* unused: by dot products alone */
 
 typedef __m512i vb, vi;
 typedef __m512 vf;
@@ -157,6 +157,7 @@ const struct kernel_level *const kernel_avx512vnni = &level;
 #else
 const struct kernel_level *const kernel_avx512 = &level;
 #endif
+END_TARGET
 #else
 #if defined(WITH_VBMI)
 const struct kernel_level *const kernel_avx512vbmi = NULL;

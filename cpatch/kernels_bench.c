@@ -1,4 +1,5 @@
 /* kernels_bench.c - times kernels on lists of rows, and plain reading, with threads of OpenMP (bench/kernels.py). */
+#define _GNU_SOURCE
 #include "kernels_bench.h"
 
 #include "ggml_abi.h"

@@ -7,6 +7,17 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* Functions between these two may use the instructions named. Included headers belong before: clang gives what it finds
+ * between them the instructions too. */
+#define PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define BEGIN_TARGET(names) PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#else
+#define BEGIN_TARGET(names) PRAGMA(GCC push_options) PRAGMA(GCC target(names))
+#define END_TARGET PRAGMA(GCC pop_options)
+#endif
+
 /* Types with kernels of their own, by their ggml numbers; I8_SCALED is ours: integers with a row of half scales. */
 enum kernel_type {
     K_F32 = 0, K_F16 = 1, K_Q4_0 = 2, K_Q8_0 = 8, K_Q4_K = 12, K_Q5_K = 13, K_Q6_K = 14, K_BF16 = 30, K_MXFP4 = 39,

@@ -1,4 +1,5 @@
 /* tiles.c - see tiles.h. */
+#define _GNU_SOURCE
 #include "tiles.h"
 
 #include "ggml_abi.h"
@@ -11,8 +12,8 @@
 #include <time.h>
 
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c,bmi,popcnt")
 #include <immintrin.h>
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c,bmi,popcnt")
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
@@ -513,6 +514,7 @@ void tile_force_dense_share(float share) {
     atomic_store_explicit(&forced_share, share, memory_order_relaxed);
 }
 
+END_TARGET
 #else /* another architecture: tile_available() says no, and nothing else is ever called */
 
 bool tile_available(void) { return false; }
