@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 NATIVE := $(wildcard cpatch/*.c cpatch/*.h cpatch/*.py)
 
-.PHONY: demo test test-long lint setup sources clean distclean
+.PHONY: demo test test-long test-levels test-cross lint setup sources clean distclean
 
 demo: setup
 	$(BIN)/powerinfer demo
@@ -21,6 +21,14 @@ test: setup sources lint
 
 test-long: setup sources lint
 	$(BIN)/python -m pytest -q --run-long
+
+# Everything again with the kernels of lesser CPUs, and in C alone. Levels: see kernels.h.
+test-levels: setup sources
+	for level in avx2 portable; do POWERINFER_KERNELS=$$level $(BIN)/python -m pytest -q || exit 1; done
+
+# Needs clang, a compiler for 64-bit ARM and an emulator of it (it says which packages); ARM's kernels run emulated.
+test-cross: setup
+	$(BIN)/python -m pytest -q --run-cross -m cross
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""pytest configuration: the marker ``long`` and the dependency's sources."""
+"""pytest configuration: the markers ``long`` and ``cross``, and the dependency's sources."""
 
 import os
 import tempfile
@@ -22,15 +22,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-long", action="store_true", help="also run the tests marked 'long' (minutes)")
+    parser.addoption("--run-cross", action="store_true", help="also run the tests marked 'cross' (clang, ARM)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--run-long"):
-        return
-    long = [item for item in items if item.get_closest_marker("long")]
-    if long:
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
+    left_out = [name for name in ("long", "cross") if not config.getoption(f"--run-{name}")]
+    deselected = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -267,35 +268,59 @@ CHECK += [f"cpatch/kernels_{name}.c" for name in ("portable", "avx2", "avx512", 
 CHECK_FLAGS = ["-std=c11", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra", "-Werror", "-Icpatch"]
 
 
+def levels_here() -> list[str]:
+    """The levels that this CPU has."""
+    ffi, lib = native()
+    usable = [name for name in LEVELS if lib.pi_kernel_force(name.encode()) == 0]
+    lib.pi_kernel_force(ffi.NULL)
+    return usable
+
+
 @pytest.mark.long
 def test_the_kernels_are_clean(tmp_path: Path) -> None:
     """Rows of exactly their length on the heap, under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    _, lib = native()
     program = str(tmp_path / "check")
     flags = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     subprocess.run(["cc", *CHECK_FLAGS, *flags, *CHECK, "-lm", "-o", program], cwd=ROOT, check=True)
-    for name in LEVELS:
-        if lib.pi_kernel_force(name.encode()) == 0:
-            lib.pi_kernel_force(native()[0].NULL)
-            done = subprocess.run([program, name], capture_output=True, text=True)
-            assert (done.returncode, done.stderr) == (0, ""), name
+    for name in levels_here():
+        done = subprocess.run([program, name], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), name
 
 
-@pytest.mark.long
+def tool(name: str, packages: str) -> str:
+    """The path of a program that `make test-cross` needs; without it the test fails, and says what to install."""
+    path = shutil.which(name)
+    if path is None:
+        pytest.fail(f"needs {name} (Debian: apt install {packages})")
+    return path
+
+
+@pytest.mark.cross
 @pytest.mark.parametrize("march", ["armv8-a", "armv8.2-a+dotprod"])
 def test_neon(tmp_path: Path, march: str) -> None:
     """The kernels of 64-bit ARM, cross-compiled and emulated (natively on such a machine)."""
-    compiler, emulator = ("cc", []) if ARM else (shutil.which("aarch64-linux-gnu-gcc"), [])
-    if not ARM:
-        emulator = [shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")]
-        if compiler is None or emulator == [None]:
-            pytest.skip(
-                "NEON was not tested: needs aarch64-linux-gnu-gcc and qemu-aarch64 (Debian: gcc-aarch64-linux-gnu, "
-                "libc6-dev-arm64-cross, qemu-user-static)"
-            )
+    compiler = "cc" if ARM else tool("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross")
+    emulator = [] if ARM else [tool("qemu-aarch64", "qemu-user")]
     program = str(tmp_path / "check")
     command = [compiler, "-static", "-O2", f"-march={march}", *CHECK_FLAGS, *CHECK, "-lm", "-o", program]
     subprocess.run(command, cwd=ROOT, check=True)
     for name in ("neon", "portable"):
         done = subprocess.run([*emulator, program, name], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), name
+
+
+@pytest.mark.cross
+def test_clang(tmp_path: Path) -> None:
+    """Every source compiles with clang, without a warning, and its kernels compute the same."""
+    clang = tool("clang", "clang libomp-dev")
+    spec = importlib.util.spec_from_file_location("cpatch_build", ROOT / "cpatch" / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    for source in build.SOURCES:
+        command = [clang, *build.CFLAGS, "-Icpatch", "-c", source, "-o", tmp_path / "object"]
+        subprocess.run(command, cwd=ROOT, check=True)
+    program = str(tmp_path / "check")
+    subprocess.run([clang, "-O3", *CHECK_FLAGS, *CHECK, "-lm", "-o", program], cwd=ROOT, check=True)
+    for name in levels_here():
+        done = subprocess.run([program, name], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, ""), name

@@ -36,7 +36,8 @@ static int memory_file(const void *data, size_t size) {
     return fd;
 }
 
-static void ffn_round(int type, bool gated, bool mixture, int activation) {
+/* tiles: an FFN that may be computed in tiles (with the instructions for them) is, in their sparse and dense forms. */
+static void ffn_round(int type, bool gated, bool mixture, int activation, bool tiles) {
     const int experts = mixture ? EXPERTS : 1;
     const size_t values = (size_t)experts * N_FF * N_EMBD;
     float *weights = malloc(values * sizeof(float));
@@ -56,7 +57,7 @@ static void ffn_round(int type, bool gated, bool mixture, int activation) {
     const struct pi_layer_spec spec = {
         .index = 3, .gated = gated, .up_name = gated ? "blk.3.ffn_up.weight" : NULL, .down_name = "blk.3.ffn_down.weight",
         .n_embd = N_EMBD, .n_ff = N_FF, .n_expert = mixture ? EXPERTS : 0, .stride = 2048,
-        .down_offset = gated ? 1024 : 0, .up_type = type, .down_type = type, .down_source_type = 0};
+        .down_offset = gated ? 1024 : 0, .up_type = type, .down_type = type, .down_source_type = tiles ? 8 : 0};
     char err[256] = "";
     const int fd = memory_file(bundles, (size_t)experts * N_FF * 2048);
     struct pi_model *model = pi_model_open(&fd, 1, 1, &spec, 0, NULL, activation, NULL, err, sizeof err);
@@ -72,6 +73,7 @@ static void ffn_round(int type, bool gated, bool mixture, int activation) {
         for (int i = 0; i < rows; i++) expert[i] = (int32_t)(next_random() % EXPERTS);
         for (int threads = 1; threads <= 3; threads++) {
             pi_model_set_dense(model, threads == 3);
+            pi_tiles_force(tiles ? -1 : 0, threads == 2 ? 0 : 2);
             if (pi_ffn(model, 0, rows, mixture ? expert : NULL, gated ? x : NULL, g, gated ? h : NULL, out, threads))
                 die("ffn", "failed");
             for (int i = 0; i < rows * N_EMBD; i++) {
@@ -147,12 +149,10 @@ int main(int argc, char **argv) {
     if (pi_init(argv[1], err, sizeof err) != 0) die("pi_init", err);
     const int types[] = {0, 1, 30, 8, 2, 12, 13, 14};
     for (size_t t = 0; t < sizeof types / sizeof types[0]; t++) {
-        for (int activation = 1; activation <= 3; activation++) {
-            ffn_round(types[t], true, false, activation);
-            ffn_round(types[t], true, true, activation);
+        for (int of = 0; of < 4; of++) {
+            for (int activation = 1; activation <= 3; activation++) ffn_round(types[t], true, of & 1, activation, of & 2);
+            ffn_round(types[t], false, of & 1, 0, of & 2);
         }
-        ffn_round(types[t], false, false, 0);
-        ffn_round(types[t], false, true, 0);
     }
     fuzz_specs(500);
     fuzz_streams(300);
