@@ -16,7 +16,7 @@ bias: the neuron fires when a sum that is normally distributed over tokens excee
 compute from the row as it was quantised. The thresholds are set so that the firing probabilities follow a
 power law over the neurons, in a random order in every layer: a share `skew` of them makes 80 % of all firings
 (0.26 for OPT-30B, 0.43 for LLaMA(ReGLU)-70B in PowerInfer, arXiv 2312.12456), and their mean is the density
-asked for.
+asked for. At a density of 1 there is no law: every threshold lies so low that every neuron fires for every token.
 
 Routers of mixtures read the context for 60 % and the topic for 30 % of their logits' variance, so that
 consecutive tokens share experts, and have a random bias per expert (half the logits' deviation), so that some
@@ -59,10 +59,11 @@ MXFP4 = "MXFP4"  # for the experts of gpt-oss, as published
 # What llama.cpp's quantiser takes where a row is not a multiple of 256.
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
-DENSITIES = (0.001, 0.9)
+DENSITIES = (0.001, 0.9)  # and 1, every neuron always
 DEFAULT_DENSITY = 0.1
 DEFAULT_SKEW = 0.26
-MOST_LIKELY = 0.99  # no neuron fires more often than that
+MOST_LIKELY = 0.99  # no neuron fires more often than that, unless all always do
+ALWAYS = -6.0  # a threshold below a unit normal: silent once in a thousand million times
 COVERED = 0.8  # the share of firings that the skew speaks of
 
 N_CONST, N_TOPIC, N_CONTEXT = 32, 128, 96  # channels; together a block of the K types
@@ -133,7 +134,7 @@ def run(
     """Write a stock GGUF of the shape `shape` (a name in `shapes.SHAPES`) with random weights.
 
     layers: blocks to write, default all. density: share of FFN neurons that fire in every layer, 0.1 by
-    default; only for shapes whose neurons can stay silent. skew: the share of neurons that makes 80 % of the
+    default, 1 for all; only for shapes whose neurons can stay silent. skew: the share of neurons that makes 80 % of the
     firings, default 0.26 or the nearest that the density allows. quant: type of the matrices, default Q4_0
     (gpt-oss: MXFP4 experts). `progress(done, total, what)` counts bytes. Raises ConversionError for arguments
     that cannot be, or too small a disk, before anything is written.
@@ -208,8 +209,12 @@ def _check_density(
             )
         return None, None
     density = DEFAULT_DENSITY if density is None else density
-    if not DENSITIES[0] <= density <= DENSITIES[1]:
-        raise ConversionError(f"density must be between {DENSITIES[0]} and {DENSITIES[1]}, not {density:g}")
+    if not DENSITIES[0] <= density <= DENSITIES[1] and density != 1:
+        raise ConversionError(f"density must be between {DENSITIES[0]} and {DENSITIES[1]}, or 1, not {density:g}")
+    if density == 1:
+        if skew not in (None, COVERED):
+            raise ConversionError(f"where every neuron fires, all are alike: skew is {COVERED}, not {skew:g}")
+        return 1.0, COVERED
     least = COVERED * density / MOST_LIKELY
     if skew is None:
         return density, min(max(DEFAULT_SKEW, least + 0.1), COVERED)
@@ -238,7 +243,9 @@ def _check_quant(shape: Shape, quant: str | None) -> str:
 @cache
 def firing_probabilities(n: int, density: float, skew: float) -> np.ndarray:
     """float64 [n], falling: min(0.99, a / rank**b) with a and b such that the mean is `density` and the first
-    n x `skew` of them make 80 % of the sum."""
+    n x `skew` of them make 80 % of the sum; all 1 at a density of 1."""
+    if density == 1:
+        return np.ones(n)
     rank = np.arange(n) + 0.5
 
     def law(b: float) -> np.ndarray:
@@ -268,7 +275,8 @@ def firing_probabilities(n: int, density: float, skew: float) -> np.ndarray:
 def _thresholds(n: int, density: float, skew: float) -> np.ndarray:
     """float64 [n]: what a unit normal must exceed to fire with `firing_probabilities`."""
     quantile = NormalDist().inv_cdf
-    z = np.array([-quantile(max(p, 1e-15)) for p in firing_probabilities(n, density, skew)])
+    probabilities = firing_probabilities(n, density, skew)
+    z = np.array([ALWAYS if p == 1 else -quantile(max(p, 1e-15)) for p in probabilities])
     z.setflags(write=False)
     return z
 
@@ -880,7 +888,7 @@ def command(
     density: Annotated[
         float | None,
         typer.Option(
-            help="Share of FFN neurons that fire, in every layer. Only for shapes with a ReLU.",
+            help="Share of FFN neurons that fire, in every layer; 1: all. Only for shapes with a ReLU.",
             show_default=str(DEFAULT_DENSITY),
         ),
     ] = None,

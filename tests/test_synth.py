@@ -88,6 +88,15 @@ def test_the_density_asked_for_is_measured(name: str, density: float, tmp_path: 
     assert measured(path) == pytest.approx([density] * 2, rel=0.1)
 
 
+@pytest.mark.parametrize("name", ["mistral-7b", "arcee-4.5b", "nemotron-4b", "smallthinker-21b-a3b"])
+def test_every_neuron_fires_where_all_are_asked_for(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    report = synth.run(path, small(name), layers=2, density=1.0)
+    assert report.density == 1 and report.skew == synth.COVERED
+    check_in_stock(path)
+    assert min(measured(path)) > 0.9999
+
+
 def test_the_density_of_a_deep_hybrid(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     shape = small("nemotron3-nano-30b-a3b", n_layer=16, pattern="MEMEM*EMEMEM*EME")
@@ -202,10 +211,12 @@ def test_a_hybrid_has_one_block_of_each_kind() -> None:
         ({"shape": "llama3-8b"}, "there is no shape 'llama3-8b'; known: llama2-7b"),
         ({"shape": "llama2-7b", "layers": 33}, "can have 1 to 32 layers, not 33"),
         ({"shape": "nemotron3-nano-30b-a3b", "layers": 2}, "can have 3 .one of each kind of block. to 52"),
-        ({"shape": "llama2-7b", "density": 0.0}, "density must be between 0.001 and 0.9, not 0"),
+        ({"shape": "llama2-7b", "density": 0.0}, "density must be between 0.001 and 0.9, or 1, not 0"),
+        ({"shape": "llama2-7b", "density": 0.95}, "density must be between"),
         ({"shape": "llama2-7b", "density": float("nan")}, "density must be between"),
         ({"shape": "mixtral-8x7b", "density": 0.1}, "computes silu, whose neurons are never silent"),
         ({"shape": "llama2-7b", "density": 0.5, "skew": 0.26}, "skew must be between 0.41 and 0.8"),
+        ({"shape": "llama2-7b", "density": 1.0, "skew": 0.5}, "all are alike: skew is 0.8, not 0.5"),
         ({"shape": "llama2-7b", "quant": "mxfp4"}, "cannot be written as 'mxfp4'; choose one of F32"),
     ],
 )
