@@ -37,6 +37,8 @@ def __getattr__(name: str) -> Any:
 
         value: Any = version("powerinfer-ext")
     elif name in _HOME:
+        if name in ("Llama", "install"):
+            importlib.import_module("powerinfer_ext.openmp").spin_briefly()
         value = getattr(importlib.import_module(_HOME[name]), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

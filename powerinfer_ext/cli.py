@@ -427,6 +427,9 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Continue a text, and say how fast and how sparsely that was, and what was read from disk for it."""
+    from powerinfer_ext.openmp import spin_briefly
+
+    spin_briefly()
     from powerinfer_ext.run import generate, open_model
 
     _silence_llama_cpp()
@@ -470,6 +473,9 @@ def chat(
     io: Io = IoEngine.auto,
 ) -> None:
     """Talk to a model. /help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves."""
+    from powerinfer_ext.openmp import spin_briefly
+
+    spin_briefly()
     from powerinfer_ext import chat as conversation
     from powerinfer_ext.run import open_model
 

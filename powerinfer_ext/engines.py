@@ -321,6 +321,10 @@ def _worker(job: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     import numpy as np
 
+    from powerinfer_ext.openmp import spin_briefly
+
+    if job["engine"] != "stock":
+        spin_briefly()  # as `from powerinfer_ext import Llama` does
     from powerinfer_ext.errors import BudgetError
     from powerinfer_ext.evaluate import LlamaScorer
 

@@ -281,3 +281,29 @@ def test_the_dependencys_own_tests_pass(
     passed = {name for name, result in outcome.items() if result == "PASSED"}
     assert passed >= ON_OUR_MODEL
     assert len(passed) == len(outcome) - len(NEED_A_DOWNLOAD) >= 12
+
+
+@pytest.mark.parametrize(
+    ("first", "said", "spins"),
+    [
+        ("from powerinfer_ext import Llama", {}, "3000"),
+        ("from powerinfer_ext import install", {}, "3000"),
+        ("import llama_cpp; from powerinfer_ext import Llama", {}, None),
+        ("from powerinfer_ext import Llama", {"GOMP_SPINCOUNT": "77"}, "77"),
+        ("from powerinfer_ext import Llama", {"OMP_WAIT_POLICY": "passive"}, None),
+    ],
+)
+def test_waiting_threads_sleep_soon_unless_told_otherwise(first: str, said: dict[str, str], spins: str | None) -> None:
+    """What libgomp itself says when it is loaded, and what is left in the environment."""
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    run = subprocess.run(
+        [sys.executable, "-c", f"{first}\nimport os; print(os.environ.get('GOMP_SPINCOUNT'))"],
+        env={**env, **said, "OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = re.search(r"GOMP_SPINCOUNT = '(\d+)'", run.stderr)
+    assert found is not None, run.stderr
+    assert (found[1] == spins) if spins else (found[1] not in ("3000", "77"))
+    assert run.stdout.strip() == str(said.get("GOMP_SPINCOUNT"))

@@ -1,6 +1,7 @@
 /* exercise.c - runs the C backend without Python, so that it can run under ASan and UBSan (tests/test_sanitizers.py).
  * Usage: exercise LIB_DIR SEED. Exit status 0 when everything came out right. */
 #define _GNU_SOURCE
+#include "kernels_bench.h"
 #include "powerinfer.h"
 
 #include <dlfcn.h>
