@@ -104,8 +104,9 @@ size_t panel_inputs_size(int type, int64_t n_in, int n_inputs) {
 }
 
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi,popcnt")
+#include <cpuid.h>
 #include <immintrin.h>
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi,popcnt")
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -116,7 +117,9 @@ bool panel_runs(void) {
 }
 
 bool panel_available(void) {
-    return panel_runs() && !__builtin_cpu_supports("amx-int8");
+    unsigned eax, ebx, ecx, edx = 0; /* clang 14 does not know "amx-int8" */
+    const bool amx = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & 1u << 25) != 0;
+    return panel_runs() && !amx;
 }
 
 /* ---- inputs --------------------------------------------------------------------------------------------------- */
@@ -409,6 +412,7 @@ void panel_products(int type, int64_t n_in, int64_t n_out, const float *const *x
     }
 }
 
+END_TARGET
 #else
 
 bool panel_runs(void) {

@@ -6,8 +6,8 @@ import importlib
 import os
 import sys
 
-# Turns of libgomp's waiting loop before a thread sleeps: 0.15 ms where a turn takes 51 ns (Zen 4), more than threads wait
-# for each other on a quiet machine. Its default, 300000, is longer than a time slice.
+# Turns of libgomp's waiting loop before a thread sleeps: 0.15 ms where a turn takes 51 ns (Zen 4), more than threads
+# wait for each other on a quiet machine. Its default, 300000, is longer than a time slice.
 SPINS = 3000
 
 

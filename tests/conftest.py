@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before numpy is imported: a second BLAS thread spins, and the tests' own matrices are tiny.
@@ -16,6 +17,8 @@ import pytest  # noqa: E402
 import tiny_models  # noqa: E402
 
 from gguf_tools.convert import convert  # noqa: E402
+from powerinfer_ext.loader import native  # noqa: E402
+from powerinfer_ext.machine import parse_cpuinfo  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,6 +47,20 @@ def llama_cpp_sources() -> Path:
     if not (path / "vendor" / "llama.cpp" / "ggml" / "include" / "ggml.h").exists():
         pytest.fail(f"the sources of llama-cpp-python are not in {path}: run 'make sources'")
     return path
+
+
+@pytest.fixture
+def with_vnni() -> Iterator[None]:
+    """The best instructions with AVX-512 VNNI, whatever POWERINFER_KERNELS says: what tiles and panels need."""
+    ffi, lib = native()
+    levels = [level for level in (b"avx512vbmi", b"avx512vnni") if lib.pi_kernel_force(level) == 0]
+    if not levels:
+        _, flags = parse_cpuinfo(Path("/proc/cpuinfo").read_text())
+        assert "avx512_vnni" not in flags
+        pytest.skip("this CPU has no AVX-512 VNNI")
+    lib.pi_kernel_force(levels[0])
+    yield
+    lib.pi_kernel_force(ffi.NULL)
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,6 @@ whose attention, deciding product and head are computed so, against stock llama.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import gguf
 import numpy as np
 import pytest
@@ -13,21 +10,10 @@ from gguf.quants import dequantize
 from tiny_models import quantise
 
 from powerinfer_ext.loader import native
-from powerinfer_ext.machine import parse_cpuinfo
 
+pytestmark = pytest.mark.usefixtures("with_vnni")
 TYPES = {"Q4_0": 2, "Q8_0": 8, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14}
 INPUTS = {"Q4_0": 8, "Q8_0": 8, "Q4_K": 15, "Q5_K": 15, "Q6_K": 15}  # Q8_0, Q8_K
-
-
-def runs() -> bool:
-    """Has this machine the instructions? Where it says so, panels have to run."""
-    _, lib = native()
-    level = lib.pi_kernel_level()
-    if native()[0].string(level).decode() in ("avx512vnni", "avx512vbmi"):
-        return True
-    _, flags = parse_cpuinfo(Path("/proc/cpuinfo").read_text())
-    assert "avx512_vnni" not in flags or "POWERINFER_KERNELS" in os.environ
-    return False
 
 
 def matrix(name: str, n_out: int, n_in: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -62,9 +48,6 @@ def products(name: str, packed: np.ndarray, xs: np.ndarray, threads: int = 2) ->
         ffi.from_buffer("float[]", out),
         threads,
     )
-    if not runs():
-        assert failed
-        pytest.skip("panels need AVX-512 with VNNI")
     assert not failed
     assert (out[xs.shape[0] * n_out :] == -7).all()
     return out[: xs.shape[0] * n_out].reshape(xs.shape[0], n_out)
