@@ -88,6 +88,29 @@ static void ffn_round(int type, bool gated, bool mixture, int activation, bool t
     free(x), free(g), free(h), free(out), free(weights), free(packed), free(bundles);
 }
 
+/* A matrix in panels, where there are the instructions for them; every buffer has exactly its size. */
+static void panel_round(int type, int n_in, int n_out, int n_inputs) {
+    const int block = type == 2 || type == 8 ? 32 : 256;
+    const int size = type == 2 ? 18 : type == 8 ? 34 : type == 12 ? 144 : type == 13 ? 176 : 210;
+    const size_t values = (size_t)n_in * (size_t)n_out, bytes = values / (size_t)block * (size_t)size;
+    float *weights = malloc(values * sizeof(float)), *x = malloc((size_t)(n_in * n_inputs) * sizeof(float));
+    float *out = malloc((size_t)(n_out * n_inputs) * sizeof(float));
+    uint8_t *packed = malloc(bytes), *copy = malloc(bytes);
+    if (weights == NULL || x == NULL || out == NULL || packed == NULL || copy == NULL) die("panels", "out of memory");
+    for (size_t i = 0; i < values; i++) weights[i] = uniform();
+    for (int i = 0; i < n_in * n_inputs; i++) x[i] = uniform();
+    if (pi_quantize(type, weights, packed, n_out, n_in) != 0) die("quantize", "refused");
+    if (pi_panel_copy(type, n_in, n_out, packed, 1 + (int64_t)(next_random() % 200), copy) != 0 ||
+        memcmp(packed, copy, bytes) != 0) die("panels", "do not give back what they were given");
+    const int threads = 1 + (int)(next_random() % 3);
+    if (pi_panel_products(type, n_in, n_out, packed, x, n_inputs, out, threads) == 0) {
+        for (int i = 0; i < n_out * n_inputs; i++) {
+            if (!isfinite(out[i])) die("panels", "an output is not finite");
+        }
+    }
+    free(weights), free(x), free(out), free(packed), free(copy);
+}
+
 /* Specs with random fields: refused or opened, never read out of bounds. */
 static void fuzz_specs(int rounds) {
     static uint8_t data[1 << 16];
@@ -154,6 +177,12 @@ int main(int argc, char **argv) {
             for (int activation = 1; activation <= 3; activation++) ffn_round(types[t], true, of & 1, activation, of & 2);
             ffn_round(types[t], false, of & 1, 0, of & 2);
         }
+    }
+    const int panels[] = {2, 8, 12, 13, 14};
+    for (int i = 0; i < 5; i++) {
+        panel_round(panels[i], 512, 16, 1);
+        panel_round(panels[i], 1280, 37, 5);
+        panel_round(panels[i], i < 2 ? 96 : 256, 1, 17);
     }
     fuzz_specs(500);
     fuzz_streams(300);
