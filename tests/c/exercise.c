@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { N_EMBD = 256, N_FF = 96, MAX_ROWS = 70, EXPERTS = 4 };
+enum { N_EMBD = 256, N_FF = 192, MAX_ROWS = 70, EXPERTS = 4 };
 
 static uint64_t state;
 
@@ -81,6 +81,19 @@ static void ffn_round(int type, bool gated, bool mixture, int activation, bool t
                 if (!isfinite(out[i])) die("ffn", "an output is not finite");
             }
         }
+    }
+    if (tiles && type == 2 && gated && !mixture && pi_tiles_available()) { /* they round differently: were they used? */
+        pi_model_set_dense(model, false);
+        float *without = malloc(MAX_ROWS * N_EMBD * sizeof(float));
+        if (without == NULL) die("ffn", "out of memory");
+        for (int least = 0; least < 2; least++) {
+            pi_tiles_force(least == 0 ? -1 : 1 << 20, -1);
+            for (int i = 0; i < MAX_ROWS * N_FF; i++) g[i] = (float)(i % 7) - 2.5f;
+            for (int i = 0; i < MAX_ROWS * N_EMBD; i++) x[i] = (float)(i % 11) - 4.5f;
+            if (pi_ffn(model, 0, MAX_ROWS, NULL, x, g, h, least == 0 ? out : without, 2) != 0) die("ffn", "failed");
+        }
+        if (memcmp(out, without, MAX_ROWS * N_EMBD * sizeof(float)) == 0) die("tiles", "were not used");
+        free(without);
     }
     struct pi_layer_stats stats;
     if (pi_model_stats(model, 0, 1, &stats) != 0 || stats.fired > stats.neurons) die("stats", "make no sense");
