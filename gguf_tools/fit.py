@@ -67,8 +67,9 @@ def fit(
 ) -> Fit:
     """What is to be known about the FFNs of the stock GGUF `source`, whose profile this is.
 
-    predict: find predictors of that recall too. hot_bytes: memory for hot neurons of all layers together; default:
-    in each layer the fewest that make up 80 % of the firings. everything: try all kinds and ranks of predictors, for
+    predict: find predictors of that recall too. hot_bytes: memory for hot neurons of all layers together, for a model
+    that will be streamed: predictors then spare the others; default: in each layer the fewest that make up 80 % of
+    the firings. everything: try all kinds and ranks of predictors, for
     a chart. progress(done, total, what) counts layers. Raises FormatError (another model's profile, damage),
     ConversionError (too few tokens, nothing fires, no layer gains).
     """
@@ -95,7 +96,10 @@ def fit(
             if obstacle := predict_obstacle(file, plan, ffn):
                 notes.append(f"layer {ffn.index} stays exact: {obstacle}")
                 continue
-            predictor, tried, note = _predictor(profile, file, ffn, fired, recall, settings, everything)
+            in_memory = hot[ffn.unit] if hot_bytes is not None else None
+            predictor, tried, note = _predictor(
+                profile, file, ffn, fired, recall, settings, everything, in_memory
+            )
             candidates += tried
             notes += [note] if note else []
             if predictor:
@@ -153,10 +157,13 @@ def _predictor(
     recall: float,
     settings: str,
     everything: bool,
+    in_memory: int | None,
 ) -> tuple[Predictor | None, list[Candidate], str | None]:
-    """The best predictor of an FFN, or None and why the layer stays exact; and all that were tried."""
+    """The best predictor of an FFN, or None and why the layer stays exact; and all that were tried. in_memory: neurons
+    that will not have to be read from flash; None: all of them."""
     kept = profile.folder / f"predictor-{ffn.unit}.npz"
-    if not everything and (loaded := _load(kept, settings)):
+    loaded = None if everything else _load(kept, settings)
+    if loaded and (loaded[0] is None or in_memory is None):
         return loaded[0], [], loaded[1]
     x = profile.array("x", ffn.unit)
     if x is None or fired is None:
@@ -164,6 +171,9 @@ def _predictor(
     up = _matrix(file, ffn, ffn.up) if profile.meta["activation"] == "drelu" else None
     m = training.material(x, fired, _matrix(file, ffn, ffn.decider), profile.meta["window"], up)
     del x
+    if loaded:
+        assert loaded[0] is not None and in_memory is not None
+        return training.for_flash(m, loaded[0], recall, in_memory, _deciding_row(ffn)), [], loaded[1]
     costs = _costs(ffn, m.density)
     tried = list(training.candidates(m, costs, recall, everything=everything))
     best = training.choose(tried, costs, m)
@@ -181,7 +191,14 @@ def _predictor(
         )
     predictor = best.predictor if best and note is None else None
     _save(kept, settings, predictor, note)
+    if predictor and in_memory is not None:
+        predictor = training.for_flash(m, predictor, recall, in_memory, _deciding_row(ffn))
     return predictor, candidates, note
+
+
+def _deciding_row(ffn: FFN) -> int:
+    """Bytes of a row of the deciding matrix."""
+    return ffn.decider.nbytes // ffn.n_ff
 
 
 def _matrix(file: GGUFFile, ffn: FFN, tensor: TensorInfo) -> np.ndarray:
