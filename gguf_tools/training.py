@@ -54,6 +54,7 @@ TQ1_0, Q2_K, Q4_0, Q8_0 = 34, 10, quants.Q4_0, quants.Q8_0
 _OVERSAMPLING, _ITERATIONS, _SHRINKAGE = 32, 2, 0.05
 _SOME = 512  # tokens on which the error of a regression is measured; and at a time
 _COVARIANCE_TOKENS = 8192
+_COUNTED_TOKENS = 4096
 _HANDICAPS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)  # of rare neurons, in deviations of all scores: `for_flash`
 _READ = 200e3  # bytes that could be read from memory in the time that a neuron from flash takes (12 us for 1.7 of them)
 _RECALLS = (0.8, 0.9, 0.95, 0.97, 0.98, 0.99)  # of the curves on a chart
@@ -229,6 +230,15 @@ def for_flash(m: Material, predictor: Predictor, recall: float, in_memory: int, 
     predictor = replace(predictor, bias=(predictor.bias - best).astype(np.float32))
     reached, computed = measure(predictor.scores(m.x[m.test]) > 0, m.fired[m.test])
     return replace(predictor, recall=reached, computed=computed)
+
+
+def selected(m: Material, predictor: Predictor) -> np.ndarray:
+    """float32 [n_ff]: the share of tokens for which it selects a neuron, on a sample of all."""
+    sample = _spread(np.arange(len(m.x)), _COUNTED_TOKENS)
+    counts = np.zeros(m.n_ff)
+    for part in range(0, len(sample), _SOME):
+        counts += (predictor.scores(m.x[sample[part : part + _SOME]]) > 0).sum(axis=0)
+    return (counts / len(sample)).astype(np.float32)
 
 
 # ---- linear ------------------------------------------------------------------------------------------------

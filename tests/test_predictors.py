@@ -349,6 +349,16 @@ def test_trained_predictors_are_kept(model: Path, profile: Profile, monkeypatch:
         assert np.array_equal(kept.bias, calibrated.predictor.bias) and kept.recall == calibrated.predictor.recall
     with pytest.raises(AssertionError, match="trained again"):
         fit.fit(profile, model, predict=True, recall=0.61)
+    # The same ones serve for any amount of memory. What the file then says of neurons is how often they are selected.
+    for_flash = fit.fit(profile, model, predict=True, recall=0.6, hot_bytes=100 << 10)
+    for unit, calibrated in for_flash.calibration.ffns.items():
+        before = first.calibration.ffns[unit].predictor
+        assert np.array_equal(calibrated.predictor.b, before.b)
+        assert not np.array_equal(calibrated.predictor.bias, before.bias)
+        assert abs(calibrated.predictor.recall - before.recall) < 0.03
+        assert abs(calibrated.frequency.mean() - calibrated.predictor.computed) < 0.03
+        hottest = calibrated.frequency[calibrated.order[: calibrated.hot_count]]
+        assert calibrated.hot_count and (np.diff(hottest) <= 0).all()
 
 
 def test_a_chart(model: Path, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
