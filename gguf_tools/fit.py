@@ -67,8 +67,9 @@ def fit(
 ) -> Fit:
     """What is to be known about the FFNs of the stock GGUF `source`, whose profile this is.
 
-    predict: find predictors of that recall too. hot_bytes: memory for hot neurons of all layers together; default:
-    in each layer the fewest that make up 80 % of the firings. everything: try all kinds and ranks of predictors, for
+    predict: find predictors of that recall too. hot_bytes: memory for hot neurons of all layers together, for a model
+    that will be streamed: predictors then spare the others; default: in each layer the fewest that make up 80 % of
+    the firings. everything: try all kinds and ranks of predictors, for
     a chart. progress(done, total, what) counts layers. Raises FormatError (another model's profile, damage),
     ConversionError (too few tokens, nothing fires, no layer gains).
     """
@@ -82,7 +83,7 @@ def fit(
         if not profile.complete:
             raise ConversionError(f"{profile.folder}: is not complete; run powerinfer calibrate again to finish it")
         plan = plan_conversion(file, activation)
-        hot = _hot_counts(profile, plan, hot_bytes)
+        hot = _hot_counts(profile, plan, hot_bytes, predict)
         digest = profile.digest()
         settings = json.dumps([_VERSION, digest, recall])
         for done, ffn in enumerate(plan.ffns):
@@ -95,9 +96,15 @@ def fit(
             if obstacle := predict_obstacle(file, plan, ffn):
                 notes.append(f"layer {ffn.index} stays exact: {obstacle}")
                 continue
-            predictor, tried, note = _predictor(profile, file, ffn, fired, recall, settings, everything)
+            in_memory = hot[ffn.unit] if hot_bytes is not None else None
+            predictor, selected, tried, note = _predictor(
+                profile, file, ffn, fired, recall, settings, everything, in_memory
+            )
             candidates += tried
             notes += [note] if note else []
+            if selected is not None:  # more of what is in memory, less of the rest: that is what caches will see
+                stored = order.stored_order(selected, fired, hot[ffn.unit])
+                found[ffn.unit] = Calibrated(order=stored, frequency=selected, hot_count=hot[ffn.unit])
             if predictor:
                 found[ffn.unit] = Calibrated(**{**vars(found[ffn.unit]), "predictor": predictor})
         if progress:
@@ -111,8 +118,9 @@ def fit(
 # ---- order -------------------------------------------------------------------------------------------------
 
 
-def _hot_counts(profile: Profile, plan: Plan, hot_bytes: int | None) -> dict[str, int]:
-    """Hot neurons of each FFN; experts have none, as a count holds for all of them."""
+def _hot_counts(profile: Profile, plan: Plan, hot_bytes: int | None, predict: bool) -> dict[str, int]:
+    """Hot neurons of each FFN; experts have none, as a count holds for all of them. predict: bundles hold the deciding
+    rows too (of FFNs that stay exact after all they will not)."""
     frequency = {
         ffn.unit: profile.frequency(ffn.unit) for ffn in plan.ffns if not ffn.suffix and ffn.unit in profile.ffns
     }
@@ -123,7 +131,7 @@ def _hot_counts(profile: Profile, plan: Plan, hot_bytes: int | None) -> dict[str
     if not known:
         return counts
     # The same frequency per byte everywhere: the best use of the memory.
-    stride = {ffn.unit: ffn.layout[1] for ffn in plan.ffns}
+    stride = {ffn.unit: _bundle(ffn) if predict else ffn.layout[1] for ffn in plan.ffns}
     values = np.concatenate([v / stride[unit] for unit, v in known.items()])
     sizes = np.concatenate([np.full(len(v), stride[unit]) for unit, v in known.items()])
     owner = np.repeat(np.arange(len(known)), [len(v) for v in known.values()])
@@ -153,17 +161,23 @@ def _predictor(
     recall: float,
     settings: str,
     everything: bool,
-) -> tuple[Predictor | None, list[Candidate], str | None]:
-    """The best predictor of an FFN, or None and why the layer stays exact; and all that were tried."""
+    in_memory: int | None,
+) -> tuple[Predictor | None, np.ndarray | None, list[Candidate], str | None]:
+    """The best predictor of an FFN, how often it selects each neuron if it spares those on flash, all that were tried,
+    and, without a predictor, why the layer stays exact. in_memory: neurons that will not be on flash; None: all."""
     kept = profile.folder / f"predictor-{ffn.unit}.npz"
-    if not everything and (loaded := _load(kept, settings)):
-        return loaded[0], [], loaded[1]
+    loaded = None if everything else _load(kept, settings)
+    if loaded and (loaded[0] is None or in_memory is None):
+        return loaded[0], None, [], loaded[1]
     x = profile.array("x", ffn.unit)
     if x is None or fired is None:
         raise ConversionError(f"{profile.folder}: has no inputs of layer {ffn.index}; calibrate again")
     up = _matrix(file, ffn, ffn.up) if profile.meta["activation"] == "drelu" else None
     m = training.material(x, fired, _matrix(file, ffn, ffn.decider), profile.meta["window"], up)
     del x
+    if loaded:
+        assert loaded[0] is not None and in_memory is not None
+        return *_for_flash(m, ffn, loaded[0], recall, in_memory), [], loaded[1]
     costs = _costs(ffn, m.density)
     tried = list(training.candidates(m, costs, recall, everything=everything))
     best = training.choose(tried, costs, m)
@@ -181,7 +195,17 @@ def _predictor(
         )
     predictor = best.predictor if best and note is None else None
     _save(kept, settings, predictor, note)
-    return predictor, candidates, note
+    if predictor and in_memory is not None:
+        return *_for_flash(m, ffn, predictor, recall, in_memory), candidates, note
+    return predictor, None, candidates, note
+
+
+def _for_flash(
+    m: training.Material, ffn: FFN, predictor: Predictor, recall: float, in_memory: int
+) -> tuple[Predictor, np.ndarray]:
+    """The predictor that spares neurons on flash, and how often it selects each."""
+    sparing = training.for_flash(m, predictor, recall, in_memory, ffn.decider.nbytes // ffn.n_ff)
+    return sparing, training.selected(m, sparing)
 
 
 def _matrix(file: GGUFFile, ffn: FFN, tensor: TensorInfo) -> np.ndarray:
@@ -190,15 +214,19 @@ def _matrix(file: GGUFFile, ffn: FFN, tensor: TensorInfo) -> np.ndarray:
     return quants.dequantise(tensor.type, raw, ffn.n_embd)
 
 
+def _bundle(ffn: FFN) -> int:
+    """Bytes of a neuron where all of its FFN is in bundles, as in a predicted layer."""
+    return bundle_layout([*(t.type for t in (ffn.gate, ffn.up) if t), ffn.down_type], ffn.n_embd)[1]
+
+
 def _costs(ffn: FFN, density: float) -> training.Costs:
     matrices = [tensor for tensor in (ffn.gate, ffn.up, ffn.down) if tensor]
     rows = [tensor.type for tensor in matrices[:-1]]
-    bundle = bundle_layout([*rows, ffn.down_type], ffn.n_embd)[1]
     exact = bundle_layout([*rows[1:], ffn.down_type], ffn.n_embd)[1]
     block, size = BLOCKS[ffn.decider.type]
     deciding = ffn.n_ff * ffn.n_embd // block * size
     total = sum(tensor.nbytes for tensor in matrices)
-    return training.Costs(bundle, total, deciding + density * ffn.n_ff * exact)
+    return training.Costs(_bundle(ffn), total, deciding + density * ffn.n_ff * exact)
 
 
 def _candidate(ffn: FFN, s: training.Scored, costs: training.Costs, n_ff: int, chosen: bool) -> Candidate:

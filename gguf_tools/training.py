@@ -15,6 +15,9 @@ A neuron is selected where its score exceeds a threshold. Where scores come from
 standard deviations of its error, so that one threshold treats all neurons alike: the most recall for the fewest
 neurons. The threshold is set on tokens that were held back, after quantisation, and ends up in the bias. Recall
 and the share computed are reported for other tokens again.
+
+Where it is known how many neurons will be in memory, the fewest neurons are not the cheapest: one that has to be read
+from flash costs as much as dozens that are in memory. `for_flash` has rare neurons score more, frequent ones less.
 """
 
 from __future__ import annotations
@@ -51,6 +54,9 @@ TQ1_0, Q2_K, Q4_0, Q8_0 = 34, 10, quants.Q4_0, quants.Q8_0
 _OVERSAMPLING, _ITERATIONS, _SHRINKAGE = 32, 2, 0.05
 _SOME = 512  # tokens on which the error of a regression is measured; and at a time
 _COVARIANCE_TOKENS = 8192
+_COUNTED_TOKENS = 4096
+_HANDICAPS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)  # of rare neurons, in deviations of all scores: `for_flash`
+_READ = 200e3  # bytes that could be read from memory in the time that a neuron from flash takes (12 us for 1.7 of them)
 _RECALLS = (0.8, 0.9, 0.95, 0.97, 0.98, 0.99)  # of the curves on a chart
 
 
@@ -199,6 +205,40 @@ def tuned(m: Material, predictor: Predictor, recall: float, *, trained: bool) ->
     reached, computed = measure(scores > 0, fired)
     name = f"{predictor.label}{', trained' if trained else ''}"
     return Scored(name, trained, replace(predictor, recall=reached, computed=computed), _curve(scores, fired))
+
+
+def for_flash(m: Material, predictor: Predictor, recall: float, in_memory: int, row: int) -> Predictor:
+    """The predictor with the same recall, but fewer neurons that are read from flash, if the `in_memory` ones wanted
+    most are in memory: rare neurons have to score more, and the threshold is lower for all.
+
+    By how much is what costs least on the tokens for tuning: `_READ` for a neuron from flash, and for every neuron
+    selected its `row` bytes of the deciding matrix, as that is what a neuron selected in vain costs.
+    """
+    scores, fired = predictor.scores(m.x[m.tune]), m.fired[m.tune]
+    place = np.empty(m.n_ff)
+    place[np.argsort(-m.fired[m.train].mean(axis=0), kind="stable")] = np.arange(m.n_ff)
+    # Nobody knows which neurons are in memory when it runs, only how frequent they are: so no sharp edge.
+    rare = np.clip((place / max(in_memory, 1) - 0.5) / 0.9, 0, 1).astype(np.float32) * scores.std()
+    least, best = np.inf, np.zeros(m.n_ff, np.float32)
+    for handicap in _HANDICAPS:
+        taken_off = handicap * rare
+        cut = safe_threshold(scores - taken_off, fired, recall)
+        often = np.sort((scores >= taken_off + cut).mean(axis=0))[::-1]
+        cost = often[in_memory:].sum() * _READ + often.sum() * row
+        if cost < least:
+            least, best = cost, taken_off + np.float32(cut - 1e-6 * max(abs(cut), 1e-6))
+    predictor = replace(predictor, bias=(predictor.bias - best).astype(np.float32))
+    reached, computed = measure(predictor.scores(m.x[m.test]) > 0, m.fired[m.test])
+    return replace(predictor, recall=reached, computed=computed)
+
+
+def selected(m: Material, predictor: Predictor) -> np.ndarray:
+    """float32 [n_ff]: the share of tokens for which it selects a neuron, on a sample of all."""
+    sample = _spread(np.arange(len(m.x)), _COUNTED_TOKENS)
+    counts = np.zeros(m.n_ff)
+    for part in range(0, len(sample), _SOME):
+        counts += (predictor.scores(m.x[sample[part : part + _SOME]]) > 0).sum(axis=0)
+    return (counts / len(sample)).astype(np.float32)
 
 
 # ---- linear ------------------------------------------------------------------------------------------------

@@ -239,7 +239,8 @@ def convert(
         typer.Option(
             min=0,
             metavar="MB",
-            help="With a profile: memory for the hot neurons of all layers.",
+            help="With a profile: memory for the hot neurons of all layers, for a model that will be streamed. With "
+            "--mode predict, predictors then spare the others at the same recall.",
             show_default="what makes up 80 % of the firings",
         ),
     ] = None,

@@ -41,6 +41,7 @@ _EARLY_ROUTERS = ("smallthinker",)  # these read the residual stream, before att
 _F32 = 0  # ggml's number
 _TOKEN_BYTES = 240  # of llama.cpp's tables, measured with 32 000 and 152 000 tokens
 _UBATCHES = (512, 256, 128, 64)
+_LAST_UBATCHES = (32, 16)  # where nothing else fits: prompts read most neurons anew for each ubatch
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Context:
     n_batch: int = 512
     n_ubatch: int = 512
     kv_bytes: float = 2.0  # of one value, mean of K and V
+    flash_attention: bool = False  # scores are then not kept
     logits_all: bool = False
     process: int | None = None  # bytes that the process takes already; None: what this one takes
 
@@ -184,15 +186,17 @@ def place(
 
 def choose_ubatch(model: ModelFiles, memory: int | str | None, context: Context) -> int | None:
     """A smaller `n_ubatch` than the context's, where its buffers would take much of a budget; None: leave it."""
-    best = None
-    for n in _UBATCHES:
+    best, fits = None, False
+    for n in (*_UBATCHES, *_LAST_UBATCHES):
+        if fits and n in _LAST_UBATCHES:
+            break
         try:
             placement = place(model, memory, replace(context, n_ubatch=min(n, context.n_ubatch)))
         except PowerInferError:
             continue
         if not placement.streams:
             return best
-        best = n if n < context.n_ubatch else None
+        fits, best = True, n if n < context.n_ubatch else None
         buffers = placement.parts["compute"] + placement.parts["streaming"] - STAGING * RUN - TRANSIT
         if buffers <= 0.1 * placement.slots_bytes:
             break
@@ -378,7 +382,8 @@ def _fixed_parts(model: ModelFiles, context: Context) -> dict[str, int]:
     # The widest moments of a layer: FFN (gate, up, their product, and what flows past, of every expert that is used),
     # attention (scores, q, k, v, output).
     ffn = 3 * n_ff + (4 + n_used) * n_embd
-    compute = 4 * rows * max(ffn, n_head * n_ctx + 7 * n_embd) + 8 * outputs * vocabulary
+    scores = 0 if context.flash_attention else n_head * n_ctx
+    compute = 4 * rows * max(ffn, scores + 7 * n_embd) + 8 * outputs * vocabulary
     streamable = {m.source.name for m in _stock_matrices(model.tensors())} if model.sparse is None else set()
     kept = sum(t.nbytes for t in model.tensors() if t.file >= 0 and t.name not in streamable)
     extra = 0

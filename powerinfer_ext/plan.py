@@ -5,9 +5,9 @@ The cost of a decoded token is predicted from what it touches and what it misses
     compute   bytes of the weights it touches over the speed at which this machine multiplies such weights: stock's
               matrix products for attention, head and deciding matrices, our kernels for neurons and experts (all
               measured in a second, not derived from bandwidth), and a constant for every block
-    disk      reads x latency + missing bytes / bandwidth (`disk.DiskCost`, measured once per device), and a round trip
-              for every layer that has to wait. Missing is what is asked for and not in a cache of the slots that
-              `placement` would give out (`hits`)
+    disk      reads x (latency + `_READ`) + missing bytes / bandwidth (`disk.DiskCost`, measured once per device), and
+              a round trip for every layer that has to wait. Missing is what is asked for and not in a cache of the
+              slots that `placement` would give out (`hits`)
     token     the slower of the two and a part of the other: reading hides the computing of the neurons that are there
               already, of experts and tiles `_OVERLAP`
 
@@ -58,6 +58,7 @@ from powerinfer_ext.placement import (
 DENSITY = 0.1  # of a sparse model whose file does not say how often its neurons fire
 # Measured on two Zen 4 cores (bench/results): what the model above does not derive.
 _BLOCK = 0.6e-3  # seconds that a block takes besides its matrices: attention, norms, waiting for the slowest thread
+_READ = 3e-6  # seconds of a read beside the device's: finding a slot, submitting, copying, while others compute
 _OVERLAP = {"experts": 0.6, "tiles": 0.5}  # share of reading or computing that the other one hides
 _MMAP_SHARE = 0.3  # of the disk's bandwidth that page faults with a read-ahead of 128 KiB reach
 _WHOLE = 128 << 20  # bytes that speeds are measured on, at least
@@ -598,7 +599,7 @@ def _add_reads(cost: _Cost, speeds: Speeds, wanted: float, missed: float, reads:
     cost.reads += reads
     cost.missing += read
     if speeds.disk is not None:
-        cost.disk += speeds.disk.seconds(read, reads)
+        cost.disk += speeds.disk.seconds(read, reads) + reads * _READ
 
 
 def _name(placement: Placement) -> str:

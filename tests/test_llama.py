@@ -6,6 +6,7 @@ is F32, where the two differ by the order of additions only.
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import sys
@@ -131,6 +132,20 @@ def test_streaming(arcee: Pair) -> None:
 def test_sampling_with_a_seed(arcee: Pair) -> None:
     stock, ours = arcee.open()
     assert text_of(ours, temperature=0.8, seed=3) == text_of(stock, temperature=0.8, seed=3)
+
+
+def test_samplers_of_earlier_answers_are_freed(arcee: Pair) -> None:
+    """Each holds a table of the vocabulary, and hangs in a cycle that only the garbage collector would find."""
+    with closing(arcee.open()[1]) as llama:
+        gc.disable()
+        try:
+            kept = [text_of(llama), llama._sampler][1:]
+            kept += [text_of(llama), llama._sampler][1:]
+        finally:
+            gc.enable()
+        assert [sampler.sampler is None for sampler in kept] == [True, False]
+        llama.eval([1, 2])
+        assert 0 <= llama.sample(temp=0.0) < llama.n_vocab()
 
 
 def test_chat(arcee: Pair) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from gguf_tools import convert, synth
 from gguf_tools.virtual import ModelFiles
 from powerinfer_ext.errors import BudgetError, PowerInferError
 from powerinfer_ext.memory_limit import drop_cached, limited
-from powerinfer_ext.placement import Bundles, Context, Placement, place
+from powerinfer_ext.placement import Bundles, Context, Placement, choose_ubatch, place
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = Context(process=0)  # what this process takes is no matter
@@ -46,6 +47,22 @@ def experts(folder: Path) -> Path:
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     make_it: Callable[[Path], Path] = request.param
     return make_it(tmp_path)
+
+
+def test_a_long_context_in_little_memory_gets_small_buffers(tmp_path: Path) -> None:
+    """Smaller than else, as it would not fit; flash attention keeps no scores, a quantised cache is smaller."""
+    with ModelFiles.open(bundles(tmp_path)) as files:
+        long = Context(n_ctx=8192, n_batch=512, n_ubatch=512, process=0)
+        assert choose_ubatch(files, 1 << 40, long) is None
+        with pytest.raises(BudgetError) as refused:
+            place(files, 1, replace(long, n_ubatch=64))
+        assert choose_ubatch(files, refused.value.least, long) == 64
+        assert choose_ubatch(files, refused.value.least - 1, long) == 32
+        small = place(files, 1 << 40, replace(long, n_ubatch=64))
+        flash = place(files, 1 << 40, replace(long, n_ubatch=64, flash_attention=True))
+        assert flash.parts["compute"] < small.parts["compute"]
+        eight_bits = place(files, 1 << 40, replace(long, kv_bytes=34 / 32))
+        assert eight_bits.parts["KV cache"] == small.parts["KV cache"] * 17 // 32
 
 
 def least_of(files: ModelFiles) -> int:

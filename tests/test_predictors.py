@@ -273,6 +273,28 @@ def predicted(model: Path, profile: Profile) -> Path:
     return out
 
 
+def test_predictors_for_flash_spare_rare_neurons() -> None:
+    """At the same recall: fewer of those that would have to be read, for more of those that are in memory."""
+    x, _, w = synthetic(tokens=4200)
+    density = np.random.default_rng(1).permutation(np.geomspace(0.01, 0.6, len(w)))
+    product = x[:, 1:] @ w[:, 1:].T
+    w[:, 0] = [-np.quantile(product[:, j], 1 - share) for j, share in enumerate(density)]
+    m = training.material(x, x @ w.T > 0, w, window=100)
+    plain = training.tuned(m, _float(*training.regress(m, 24).cut(24)), 0.95, trained=False).predictor
+    n, tests = 100, m.x[m.test]
+
+    def from_flash(predictor: Predictor) -> float:
+        return float(np.sort((predictor.scores(tests) > 0).sum(axis=0))[::-1][n:].sum())
+
+    found = training.for_flash(m, plain, 0.95, n, row=256)
+    assert found.recall is not None and found.computed is not None
+    assert 0.94 < found.recall and abs(found.recall - plain.recall) < 0.01
+    assert from_flash(found) < 0.9 * from_flash(plain)
+    assert plain.computed < found.computed < 1.5 * plain.computed
+    whole = training.for_flash(m, plain, 0.95, m.n_ff, row=256)  # nothing is on flash: nothing to pay more for
+    assert whole.computed is not None and whole.computed < 1.005 * plain.computed
+
+
 def _exact(model: Path) -> Path:
     path = model.with_name("exact.gguf")
     if not path.exists():
@@ -327,6 +349,16 @@ def test_trained_predictors_are_kept(model: Path, profile: Profile, monkeypatch:
         assert np.array_equal(kept.bias, calibrated.predictor.bias) and kept.recall == calibrated.predictor.recall
     with pytest.raises(AssertionError, match="trained again"):
         fit.fit(profile, model, predict=True, recall=0.61)
+    # The same ones serve for any amount of memory. What the file then says of neurons is how often they are selected.
+    for_flash = fit.fit(profile, model, predict=True, recall=0.6, hot_bytes=100 << 10)
+    for unit, calibrated in for_flash.calibration.ffns.items():
+        before = first.calibration.ffns[unit].predictor
+        assert np.array_equal(calibrated.predictor.b, before.b)
+        assert not np.array_equal(calibrated.predictor.bias, before.bias)
+        assert abs(calibrated.predictor.recall - before.recall) < 0.03
+        assert abs(calibrated.frequency.mean() - calibrated.predictor.computed) < 0.03
+        hottest = calibrated.frequency[calibrated.order[: calibrated.hot_count]]
+        assert calibrated.hot_count and (np.diff(hottest) <= 0).all()
 
 
 def test_a_chart(model: Path, profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

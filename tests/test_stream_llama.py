@@ -249,6 +249,27 @@ def test_predicted_layers_stream(tmp_path: Path) -> None:
             assert np.array_equal(expected, logits(Llama(path, io=engine, **SETTINGS))), n
 
 
+def test_layers_with_thresholds_stream(tmp_path: Path) -> None:
+    """SwiGLU whose small gates count as zero, neurons in another order than the source's."""
+    stock = make(tmp_path / "stock.gguf", "llama", quant="Q8_0")
+    order = np.random.default_rng(4).permutation(512).astype(np.int32)
+    thresholds = np.random.default_rng(5).uniform(0.05, 0.5, 512).astype(np.float32)
+    each = {str(i): Calibrated(order=order, thresholds=thresholds) for i in range(2)}
+    convert(stock, tmp_path / "s.gguf", calibration=Calibration(each, threshold_kind="chess"))
+    resident = Llama(tmp_path / "s.gguf", **SETTINGS)
+    expected = logits(resident)
+    assert 0.05 < resident.sparse_stats()["density"] < 0.95
+    for n, hot, engine in [(64, 0, "io_uring"), (300, 40, "threads")]:
+        with slots(n, hot=hot):
+            llama = Llama(tmp_path / "s.gguf", io=engine, **SETTINGS)
+        assert np.array_equal(expected, logits(llama)), (n, hot, engine)
+        assert llama.sparse_stats()["flash"]["missed"] > 0
+    with slots(ALL, deciders=True):
+        expected = logits(Llama(tmp_path / "s.gguf", **SETTINGS))
+    with slots(64, deciders=True):
+        assert np.array_equal(expected, logits(Llama(tmp_path / "s.gguf", **SETTINGS)))
+
+
 @pytest.mark.parametrize("converted", [True, False])
 def test_lora(tmp_path: Path, converted: bool) -> None:
     """On streamed FFN weights and on others: what is resident gives the same."""
