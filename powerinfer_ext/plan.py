@@ -70,8 +70,9 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Speeds:
-    """Bytes of weights per second with all threads: stock's products, ours with matrices in panels, our kernels on whole
-    rows (`experts`) and on scattered neurons; plain reading from memory; and the disk, None where it cannot be measured.
+    """Bytes of weights per second with all threads: stock's products, ours with matrices in panels, our kernels on
+    whole rows (`experts`) and on scattered neurons; plain reading from memory; and the disk, None where it cannot be
+    measured.
     """
 
     stock: float
