@@ -21,7 +21,7 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define LANES 4
 #define WIDTH 16
 #define ROWS 4
-#define COLUMNS 4
+#define COLUMNS 8 /* they save loads and stores of y; more rows save nothing */
 #ifndef WITH_BF16
 #define DOTS_ONLY
 #endif
@@ -107,6 +107,7 @@ PRIMITIVE vi dot_signed(vi sum, vb w, vb x) {
 }
 #endif
 
+PRIMITIVE vi dot_nibbles(vi sum, vb lo, vb x_lo, vb hi, vb x_hi) { return dot(dot(sum, lo, x_lo), hi, x_hi); }
 /* The scales of 4 blocks of weights times those of 4 blocks of inputs, each in its lane. */
 PRIMITIVE vf lane_scales(const float *dw, const float *dx) {
     const __m128 d = _mm_mul_ps(_mm_loadu_ps(dw), _mm_loadu_ps(dx));

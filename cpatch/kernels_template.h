@@ -75,8 +75,8 @@ INLINE void block_values(int type, const uint8_t *blocks, vb *lo, vb *hi) {
     }
 }
 
-INLINE vi block_dot(int type, vi sum, vb w, vb x) {
-    return type == K_Q8_0 ? dot_signed(sum, w, x) : dot(sum, w, x);
+INLINE vi block_dot(int type, vi sum, vb lo, vb x_lo, vb hi, vb x_hi) {
+    return type == K_Q8_0 ? dot_signed(dot_signed(sum, lo, x_lo), hi, x_hi) : dot_nibbles(sum, lo, x_lo, hi, x_hi);
 }
 
 /* acc[r * X + i] += the partial sums of a chunk of rows r and inputs i, without its first skip blocks. */
@@ -90,6 +90,9 @@ INLINE void dots_chunk(int type, const uint8_t *const w[], size_t w_at, int R, c
         block_scales(K_Q8_0, x[i] + x_at, 1.0f, dx[i]);
         for (size_t b = 0; b < skip; b++) dx[i][b] = 0.0f;
     }
+#ifdef CHUNK_SUMS
+    vi sums[ROWS][CHUNK / LANES];
+#endif
     UNROLL for (int b = 0; b < CHUNK; b += LANES) {
         vb x_lo[ROWS], x_hi[ROWS];
         vi start[ROWS];
@@ -103,11 +106,23 @@ INLINE void dots_chunk(int type, const uint8_t *const w[], size_t w_at, int R, c
             vb lo, hi;
             block_values(type, w[r] + w_at + (size_t)b * size, &lo, &hi);
             UNROLL for (int i = 0; i < X; i++) {
-                const vi sum = block_dot(type, block_dot(type, start[i], lo, x_lo[i]), hi, x_hi[i]);
+                const vi sum = block_dot(type, start[i], lo, x_lo[i], hi, x_hi[i]);
+#ifdef CHUNK_SUMS
+                sums[r * X + i][b / LANES] = sum;
+#else
                 acc[r * X + i] = fma_f(to_float(sum), lane_scales(dw[r] + b, dx[i] + b), acc[r * X + i]);
+#endif
             }
         }
     }
+#ifdef CHUNK_SUMS /* a vector has room for one sum of each block: one conversion and one multiplication for all */
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int i = 0; i < X; i++) {
+            const vf d = mul_f(load_f(dw[r]), load_f(dx[i]));
+            acc[r * X + i] = fma_f(to_float(chunk_sums(sums[r * X + i])), d, acc[r * X + i]);
+        }
+    }
+#endif
 }
 
 /* out[r * X + i]: R rows with X inputs; left: rows from w[0] on. */
@@ -570,6 +585,9 @@ INLINE void axpys_list(int type, int64_t n, const uint8_t *const *cols, const ui
     int k = 0;
     for (; k + COLUMNS <= n_cols; k += COLUMNS) {
         axpys_some(type, n, cols + k, scales == NULL ? NULL : scales + k, COLUMNS, n_cols - k, a + k, y, offsets);
+    }
+    for (; k + 2 <= n_cols && COLUMNS > 2; k += 2) {
+        axpys_some(type, n, cols + k, scales == NULL ? NULL : scales + k, 2, n_cols - k, a + k, y, offsets);
     }
     for (; k < n_cols; k++) axpys_some(type, n, cols + k, scales == NULL ? NULL : scales + k, 1, n_cols - k, a + k, y, offsets);
 }
