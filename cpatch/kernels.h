@@ -6,7 +6,7 @@
  *
  * Results do not depend on how a list is cut into calls, bit for bit: each dot product is a sum of its own, and every
  * element of y receives its terms in list order, one fused multiply-add each: of the factor with the weight, or, in
- * types with one scale for 32 integers, of factor times scale with the integer (the portable version rounds product and
+ * types of integers with scales, of factor times scale with the integer (the portable version rounds product and
  * sum). Streaming relies on that.
  *
  * Where there are AVX-512's products of pairs of bfloat16 (level avx512bf16), factor times scale is rounded to bfloat16 for

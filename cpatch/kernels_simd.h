@@ -29,7 +29,8 @@ struct kernel_level {
     /* out[i] = dot product of row i and input i; the rows are many and the input one, or the other way round. */
     bool (*dots)(int type, int64_t n, const uint8_t *const *rows, int n_rows, const uint8_t *const *xs, int n_xs,
                  float *out);
-    /* y += a[k] * column k, in order; scales: only for I8_SCALED. offsets: as in kernel_axpys(). */
+    /* y += a[k] * column k, in order; scales: only for I8_SCALED. offsets: as in kernel_axpys(); NULL: what
+     * belongs there is added to y (not with avx512bf16's K-quants). */
     bool (*axpys)(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
                   int n_cols, float *y, float *offsets);
 };

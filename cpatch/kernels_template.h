@@ -8,9 +8,9 @@
  * first half of block k's values and lane k of a second one the other half, which is how 4-bit types lie in memory
  * anyway. The sums of a lane are exact integers; one multiply-add with the lane's scale turns them into floats.
  *
- * Columns are added with one multiply-add per element, column by column: of their factor with a K-quant's value
- * (exact), or, with 32 values per block, of factor times scale (rounded once) with the block's integer. So y does not
- * depend on the grouping, nor on the level where the level has fused multiply-adds.
+ * Columns are added with one multiply-add per element, column by column: of factor times scale (rounded once) with the
+ * integer; what a K-quant adds to 32 values alike goes to offsets in the same way. So y does not depend on the grouping,
+ * nor on the level where the level has fused multiply-adds and factors are not rounded further (PAIRS).
  *
  * Rows lie scattered, and the hardware's prefetching starts anew in each; so every chunk of a row also asks for the
  * same chunk of the row that will be read in its place. */
@@ -364,7 +364,7 @@ INLINE void load_32(const uint8_t *bytes, int apart, vf *out) {
     UNROLL for (int i = 0; i < HALF_VECTORS; i++) out[HALF_VECTORS + i] = load_i8(bytes + apart + i * WIDTH);
 }
 
-/* The scale and the minimum of each 16 values of a K-block, as floats: values are scale * q + minimum. */
+/* The scale of each 16 values of a Q6_K block, less 32; or scale and minimum of 32: values are scale * q + minimum. */
 INLINE void k_scale_floats(int type, const uint8_t *block, float *scale, float *minimum) {
     uint64_t scales, minima;
     if (type == K_Q6_K) {
@@ -372,7 +372,6 @@ INLINE void k_scale_floats(int type, const uint8_t *block, float *scale, float *
         for (int g = 0; g < 16; g += 8) {
             memcpy(&scales, block + 192 + g, 8);
             scale_bytes(scales, d, scale + g);
-            scale_bytes(scales, -32.0f * d, minimum + g);
         }
         return;
     }
@@ -503,15 +502,22 @@ INLINE void add_k_block(int type, const uint8_t *const cols[], size_t at, int C,
         return;
     }
 #endif
-    (void)offsets;
     _Alignas(64) uint8_t q[COLUMNS][256];
-    _Alignas(64) float scale[COLUMNS][16], minimum[COLUMNS][16];
+    _Alignas(64) float factor[COLUMNS][16];
+    float own[8] = {0}, *const constants = offsets != NULL ? offsets : own;
+    const int groups = type == K_Q6_K ? 16 : 8;
     UNROLL for (int c = 0; c < C; c++) {
-        k_scale_floats(type, cols[c] + at, scale[c], minimum[c]);
+        float scale[16], minimum[8] = {0};
+        k_scale_floats(type, cols[c] + at, scale, minimum);
+        for (int g = 0; g < groups; g++) factor[c][g] = a[c] * scale[g];
+        for (int g = 0; g < 8 && type != K_Q6_K; g++) constants[g] += a[c] * minimum[g];
     }
     IN_MEMORY;
     UNROLL for (int c = 0; c < C; c++) {
-        UNROLL for (int v = 0; v < 16 / LANES; v++) store_b(q[c] + v * LANES * 16, k_values(type, cols[c] + at, v));
+        UNROLL for (int v = 0; v < 16 / LANES; v++) {
+            const vb values = k_values(type, cols[c] + at, v);
+            store_b(q[c] + v * LANES * 16, type == K_Q6_K ? minus(values, same_bytes(32)) : values);
+        }
     }
     for (int lane = 0; lane < 16; lane++) { /* in the order of k_values() */
         const int half_block = lane / 8, high = lane % 8 / 4, chunk = lane % 4;
@@ -521,13 +527,12 @@ INLINE void add_k_block(int type, const uint8_t *const cols[], size_t at, int C,
         UNROLL for (int i = 0; i < HALF_VECTORS; i++) sums[i] = load_f(to + i * WIDTH);
         UNROLL for (int c = 0; c < C; c++) {
             UNROLL for (int i = 0; i < HALF_VECTORS; i++) {
-                const vf integers = load_i8(q[c] + lane * 16 + i * WIDTH);
-                const vf w = fma_f(same_f(scale[c][group]), integers, same_f(minimum[c][group]));
-                sums[i] = fma_f(same_f(a[c]), w, sums[i]);
+                sums[i] = fma_f(same_f(factor[c][group]), load_i8(q[c] + lane * 16 + i * WIDTH), sums[i]);
             }
         }
         UNROLL for (int i = 0; i < HALF_VECTORS; i++) store_f(to + i * WIDTH, sums[i]);
     }
+    for (int i = 0; i < 256 && offsets == NULL && type != K_Q6_K; i++) y[i] += own[i / 32];
 }
 
 INLINE void axpys_k(int type, int64_t n, const uint8_t *const *cols, int C, int left, const float *a, float *y,
@@ -535,7 +540,7 @@ INLINE void axpys_k(int type, int64_t n, const uint8_t *const *cols, int C, int 
     const size_t size = block_size(type), blocks = (size_t)n / 256;
     for (size_t b = 0; b < blocks; b++) {
         fetch_next(cols, C, left, b * size, size);
-        add_k_block(type, cols, b * size, C, a, y + b * 256, offsets + b * 8);
+        add_k_block(type, cols, b * size, C, a, y + b * 256, offsets == NULL ? NULL : offsets + b * 8);
     }
 }
 

@@ -94,7 +94,6 @@ class Rows:
 
     def __init__(self, rows: np.ndarray) -> None:
         ffi, _ = native()
-        self.rows = rows
         self.memory = np.zeros((len(rows), rows.shape[1] + 7), np.uint8)
         self.memory[:, 3:-4] = rows
         first = int(ffi.cast("uintptr_t", ffi.from_buffer(self.memory)))
@@ -128,17 +127,22 @@ def axpys(
     return y
 
 
-def of_rounded_factors(level: str, name: str, rows: np.ndarray) -> np.ndarray:
-    """float64 [n_rows, n]: what of the weights is multiplied by factors that were rounded to bfloat16 (kernels.h)."""
-    if level != "avx512bf16" or name not in ("Q4_0", "MXFP4", "Q4_K"):
-        return np.zeros_like(exact(name, rows))
-    if name != "Q4_K":
-        return exact(name, rows)
-    blocks = rows.reshape(-1, 144)
-    d = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float64)
-    scales, _ = Q4_K.get_scale_min(blocks[:, 4:16])
-    nibbles = blocks[:, 16:].reshape(-1, 4, 1, 32) >> np.array([0, 4], np.uint8).reshape(1, 1, 2, 1) & 15
-    return ((d * scales)[..., None] * (nibbles.reshape(-1, 8, 32) - 8.0)).reshape(len(rows), -1)
+def rounds_factors(level: str, name: str) -> bool:
+    """Whether factors times scales are rounded to bfloat16 (kernels.h)."""
+    return level == "avx512bf16" and name in ("Q4_0", "MXFP4", "Q4_K")
+
+
+def parts(level: str, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float64 [n_rows, n] twice: what is multiplied by integers, and what is added to 32 values alike, apart from it."""
+    w = exact(name, rows)
+    if name not in ("Q4_K", "Q5_K"):
+        return w, np.zeros_like(w)
+    blocks = rows.reshape(-1, gguf.GGML_QUANT_SIZES[kind(name)][1])
+    d, dmin = np.ascontiguousarray(blocks[:, :4]).view(np.float16).astype(np.float64).T[..., None]
+    scales, minima = Q4_K.get_scale_min(blocks[:, 4:16])
+    alike = d * scales * (8 if rounds_factors(level, name) else 0) - dmin * minima
+    alike = np.repeat(alike, 32, axis=1).reshape(w.shape)
+    return w - alike, alike
 
 
 def index_lists(rng: np.random.Generator, n_rows: int) -> list[np.ndarray]:
@@ -184,22 +188,27 @@ def test_sums_of_columns(level: str, name: str) -> None:
     rng = np.random.default_rng(3)
     for n in lengths(name):
         rows = random_rows(rng, name, 13, n)
-        w, coarse, placed = exact(name, rows), of_rounded_factors(level, name, rows), Rows(rows)
+        w, placed, (of_integers, alike) = exact(name, rows), Rows(rows), parts(level, name, rows)
         before = rng.standard_normal(n).astype(np.float32)
         for index in index_lists(rng, 13):
             a = rng.standard_normal(len(index)).astype(np.float32)
             y = axpys(name, n, placed, index, a, before)
-            terms = np.concatenate([before[None].astype(np.float64), a[:, None].astype(np.float64) * w[index]])
-            # One rounding for each partial sum, one for factor times scale where 32 integers share one, and one for
-            # each product where there are no fused multiply-adds.
-            tolerance = EPSILON * (1.001 * np.abs(np.cumsum(terms, axis=0)[1:]).sum(axis=0) + np.finfo(np.float32).tiny)
-            of_products = (name in ("Q4_0", "Q8_0", "MXFP4")) + (level not in FUSED)
-            tolerance += of_products * EPSILON * 1.001 * np.abs(terms[1:]).sum(axis=0)
-            if name == "Q4_K":  # partial sums of integers less 8 and, apart from them, of the offsets
-                tolerance += EPSILON * 4 * len(index) * (np.abs(a[:, None]) * np.abs(coarse[index])).sum(axis=0)
-                tolerance += EPSILON * 4 * len(index) * (np.abs(a[:, None]) * np.abs(w - coarse)[index]).sum(axis=0)
-            tolerance += BF16_EPSILON * 1.001 * np.abs(a[:, None] * coarse[index]).sum(axis=0)
-            assert (np.abs(y - terms.sum(axis=0)) <= tolerance).all(), (n, index)
+            factors = a[:, None].astype(np.float64)
+            wanted = before + (factors * w[index]).sum(axis=0)
+            terms = np.concatenate([before[None].astype(np.float64), factors * of_integers[index]])
+            sums, offsets = np.cumsum(terms, axis=0)[1:], np.cumsum(factors * alike[index], axis=0)
+            # One rounding for each partial sum, one for factor times scale where integers share one, and one for each
+            # product where there are no fused multiply-adds. What 32 values have in common adds up apart.
+            roundings = np.abs(sums).sum(axis=0) + np.finfo(np.float32).tiny
+            of_products = (name in SCALES_AT) + (level not in FUSED)
+            roundings += of_products * np.abs(terms[1:]).sum(axis=0)
+            if alike.any():  # of which the dequantised values themselves are rounded sums
+                roundings += np.abs(offsets).sum(axis=0) + 2 * np.abs(factors * alike[index]).sum(axis=0) + np.abs(wanted)
+                roundings += np.abs(factors * w[index]).sum(axis=0)
+            tolerance = EPSILON * 1.001 * roundings
+            if rounds_factors(level, name):
+                tolerance += BF16_EPSILON * 1.001 * np.abs(terms[1:]).sum(axis=0)
+            assert (np.abs(y - wanted) <= tolerance).all(), (n, index)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -211,7 +220,7 @@ def test_sums_of_many_columns_are_close(level: str, name: str) -> None:
     y = axpys(name, 1024, Rows(rows), range(400), a, np.zeros(1024, np.float32))
     wanted = a.astype(np.float64) @ exact(name, rows)
     error = np.linalg.norm(y - wanted) / np.linalg.norm(wanted)
-    assert error < (0.002 if of_rounded_factors(level, name, rows).any() else 1e-6)
+    assert error < (0.002 if rounds_factors(level, name) else 1e-6)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -269,7 +278,7 @@ def test_fused_levels_add_columns_to_the_same_bits() -> None:
         rows = Rows(random_rows(rng, name, 9, n))
         a, y = rng.standard_normal(9).astype(np.float32), rng.standard_normal(n).astype(np.float32)
         usable = [level for level in FUSED if lib.pi_kernel_force(level.encode()) == 0]
-        usable = [level for level in usable if not of_rounded_factors(level, name, rows.rows).any()]
+        usable = [level for level in usable if not rounds_factors(level, name)]
         results = []
         for level in usable:
             lib.pi_kernel_force(level.encode())

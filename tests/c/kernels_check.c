@@ -211,7 +211,7 @@ static void check_axpys(int type, int n) {
         for (int i = 0; i < ROWS; i++) {
             const double term = a[i] * value(type, list[i], k);
             sum += term;
-            size += fabs(term) + (type == K_Q4_K ? fabs(a[i]) * 0.5 * 63 * 8 : 0);
+            size += fabs(term) + (type == K_Q4_K || type == K_Q5_K ? fabs(a[i]) * 0.5 * 63 * 32 : 0);
         }
         expect(type, n, "axpys", y[k], sum, size * (coarse ? 1.0 / 256 : 1e-6));
     }
