@@ -19,6 +19,7 @@ CFLAGS = [
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-ffp-contract=fast",
+    "-fno-wrapv",  # Python's own flags bring -fwrapv, which costs AVX2's dot products of Q4_K 30 %
     "-Wall",
     "-Wextra",
     "-Werror",

@@ -133,7 +133,7 @@ def rounds_factors(level: str, name: str) -> bool:
 
 
 def parts(level: str, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float64 [n_rows, n] twice: what is multiplied by integers, and what is added to 32 values alike, apart from it."""
+    """float64 [n_rows, n] twice: what is multiplied by integers, and apart from it what is added to 32 values alike."""
     w = exact(name, rows)
     if name not in ("Q4_K", "Q5_K"):
         return w, np.zeros_like(w)
@@ -203,8 +203,8 @@ def test_sums_of_columns(level: str, name: str) -> None:
             of_products = (name in SCALES_AT) + (level not in FUSED)
             roundings += of_products * np.abs(terms[1:]).sum(axis=0)
             if alike.any():  # of which the dequantised values themselves are rounded sums
-                roundings += np.abs(offsets).sum(axis=0) + 2 * np.abs(factors * alike[index]).sum(axis=0) + np.abs(wanted)
-                roundings += np.abs(factors * w[index]).sum(axis=0)
+                roundings += np.abs(offsets).sum(axis=0) + np.abs(wanted)
+                roundings += (2 * np.abs(factors * alike[index]) + np.abs(factors * w[index])).sum(axis=0)
             tolerance = EPSILON * 1.001 * roundings
             if rounds_factors(level, name):
                 tolerance += BF16_EPSILON * 1.001 * np.abs(terms[1:]).sum(axis=0)
