@@ -205,7 +205,7 @@ def test_down_alone_skips_zeros_and_nothing_else(tmp_path: Path, quant: str, exp
         expert = rng.integers(0, experts, rows).astype(np.int32) if experts else None
         want = expected(layer, h, None, expert, NATIVE)[0]
         out, _ = run(layer, h, None, expert, 2)
-        # Where factors of 4-bit columns are rounded to bfloat16 (kernels.h), the sums move; everywhere else they may not.
+        # Factors of 4-bit columns may be rounded to bfloat16 (kernels.h), which moves the sums; nothing else may.
         coarse = ffi.string(lib.pi_kernel_level()) == b"avx512bf16" and quant in ("Q4_0", "Q4_K")
         assert_close(out, want, 0.0025 if coarse else 1e-6)
         lib.pi_kernel_force(b"portable")
