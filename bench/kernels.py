@@ -26,7 +26,7 @@ from powerinfer_ext.loader import native
 
 MIB = 1 << 20
 TYPES = ("Q4_0", "Q8_0", "I8", "F16", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "BF16", "F32")
-X86 = ("avx512vbmi", "avx512vnni", "avx512", "avx2", "portable")
+X86 = ("avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
 LEVELS = ("neon", "portable") if platform.machine() == "aarch64" else X86
 OPS = ("dots", "axpys")
 DENSITIES = (0.05, 0.1, 0.2, 0.5, 1.0)

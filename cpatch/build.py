@@ -11,7 +11,7 @@ SOURCES = [f"cpatch/{name}.c" for name in ("backend", "buffer", "ffn", "ffn_tile
 SOURCES += [f"cpatch/{name}.c" for name in ("model", "panels", "plugin", "selftest", "slab", "store", "tiles", "vgguf")]
 SOURCES += [f"cpatch/{name}.c" for name in ("io", "io_measure", "io_threads", "io_uring")]
 SOURCES += [f"cpatch/kernels_{name}.c" for name in ("portable", "neon", "avx2", "bench")]
-SOURCES += [f"cpatch/kernels_{name}.c" for name in ("avx512", "avx512vnni", "avx512vbmi")]
+SOURCES += [f"cpatch/kernels_{name}.c" for name in ("avx512", "avx512vnni", "avx512bf16")]
 CFLAGS = [
     "-std=c11",
     "-O3",
@@ -19,6 +19,7 @@ CFLAGS = [
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-ffp-contract=fast",
+    "-fno-wrapv",  # Python's own flags bring -fwrapv, which costs AVX2's dot products of Q4_K 30 %
     "-Wall",
     "-Wextra",
     "-Werror",

@@ -64,7 +64,8 @@ struct work {
     uint8_t *tile_memory; /* [threads][tile_memory_size] */
     size_t tile_memory_size;
 
-    float *acc;           /* [threads][set_rows][n_embd] */
+    float *acc;           /* [threads][set_rows][acc_size] sums of columns, and from n_embd on their offsets */
+    int64_t acc_size;
     float *tmp;           /* [threads][n_embd] one dequantised column */
     uint8_t *wanted;      /* [set_rows][n_ff] selected (row, neuron) pairs */
     float *rounded;       /* [set_rows][rounded_stride] activations as stock would round them, in the source's order; in */
@@ -328,7 +329,7 @@ static void down_batch(const struct work *w, const struct block *block, int r, c
         left++;
     }
     if (spec->down_type == ABI_TYPE_I8) kernel_axpys_scaled(spec->n_embd, columns, scales, a, left, y);
-    else kernel_axpys(spec->down_type, spec->n_embd, columns, a, left, y, tmp);
+    else kernel_axpys(spec->down_type, spec->n_embd, columns, a, left, y, y + spec->n_embd, tmp);
 }
 
 /* ---- passes over the lists ------------------------------------------------------------------------------------ */
@@ -348,7 +349,7 @@ static void run_batch(enum pass pass, struct work *w, const struct block *block,
         }
         if (pass != PASS_DOWN) up_batch(w, &block->rows[r], own, left, tally);
         if (pass == PASS_UP) continue;
-        down_batch(w, block, r, own, left, acc + (int64_t)(block->first + r) * w->layer->spec.n_embd, tmp);
+        down_batch(w, block, r, own, left, acc + (block->first + r) * w->acc_size, tmp);
     }
 }
 
@@ -391,7 +392,7 @@ static void run_ready(enum pass pass, struct work *w, const struct block *block,
 static void run_pass(enum pass pass, struct work *w, int thread, struct tally *tally) {
     const struct pi_layer *layer = w->layer;
     const int64_t n_embd = layer->spec.n_embd, n_ff = layer->spec.n_ff;
-    float *acc = w->acc + (int64_t)thread * w->set_rows * n_embd, *tmp = w->tmp + thread * n_embd;
+    float *acc = w->acc + thread * w->set_rows * w->acc_size, *tmp = w->tmp + thread * n_embd;
     int32_t *late = w->late + thread * n_ff;
     const int most = w->store != NULL ? STREAM_BATCH : BATCH;
     for (int b = 0; b < w->n_blocks && !failed(w); b++) {
@@ -608,10 +609,10 @@ static void write_outputs(const struct work *w, int thread) {
     for (int b = 0; b < w->n_blocks; b++) {
         for (int r = 0; r < w->blocks[b].n_rows && !w->blocks[b].tiled; r++) {
             float *out = w->blocks[b].rows[r].out;
-            const float *part = w->acc + (int64_t)(w->blocks[b].first + r) * n_embd;
+            const float *part = w->acc + (w->blocks[b].first + r) * w->acc_size;
             memcpy(out + first, part + first, (size_t)(last - first) * sizeof(float));
             for (int t = 1; t < w->n_threads; t++) {
-                kernel_add_f32(last - first, part + (int64_t)t * w->set_rows * n_embd + first, out + first);
+                kernel_add_f32(last - first, part + t * w->set_rows * w->acc_size + first, out + first);
             }
         }
     }
@@ -629,7 +630,8 @@ static void run_set(struct work *w, int thread, struct tally *tally) {
         round_hidden(w, thread);
 #pragma omp barrier
     }
-    memset(w->acc + (int64_t)thread * w->set_rows * n_embd, 0, (size_t)(w->n_rows * n_embd) * sizeof(float));
+    float *acc = w->acc + thread * w->set_rows * w->acc_size;
+    memset(acc, 0, (size_t)(w->n_rows * w->acc_size) * sizeof *acc);
     for (int b = 0; b < w->n_blocks; b++) {
         w->blocks[b].wanted[thread] = 0;
         w->blocks[b].found[thread] = scan(w, &w->blocks[b], begin, end, &w->blocks[b].wanted[thread], tally);
@@ -661,6 +663,7 @@ static void run_set(struct work *w, int thread, struct tally *tally) {
         }
         run_waves(PASS_DOWN, w, thread, tally, up);
     }
+    for (int r = 0; r < w->n_rows; r++, acc += w->acc_size) kernel_add_offsets(n_embd, acc + n_embd, acc);
 #pragma omp barrier
     const struct tile_wave wave = tile_wave(w, thread);
     for (int i = 0; i < w->n_tiles; i++) ffn_tiles_write(&w->tiles[i], &wave);
@@ -727,7 +730,8 @@ static size_t lay_out(struct work *w, struct outputs *outputs, int n_rows, uint8
     size_t at = 0;
     for (int i = 0; i < w->n_inputs; i++) w->inputs[i] = carve(memory, &at, (size_t)n_rows * w->input_size[i]);
     w->blocks = carve(memory, &at, rows * sizeof *w->blocks);
-    w->acc = carve(memory, &at, threads * rows * n_embd * sizeof(float));
+    w->acc_size = spec->n_embd + (spec->n_embd + 511) / 512 * 16;
+    w->acc = carve(memory, &at, threads * rows * (size_t)w->acc_size * sizeof(float));
     w->tmp = carve(memory, &at, threads * n_embd * sizeof(float));
     w->wanted = carve(memory, &at, rows * n_ff + 64);
     w->rounded_stride = !w->predicts ? spec->n_ff : w->can_tile ? ffn_tiles_pairs(w->layer) : 0;

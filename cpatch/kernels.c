@@ -27,7 +27,8 @@ static int usable_levels(const struct kernel_level *out[6]) {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-    if (vnni && __builtin_cpu_supports("avx512vbmi")) out[n++] = kernel_avx512vbmi;
+    const bool bf16 = vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+    if (bf16) out[n++] = kernel_avx512bf16;
     if (vnni) out[n++] = kernel_avx512vnni;
     if (avx512) out[n++] = kernel_avx512;
     if (avx2) out[n++] = kernel_avx2;
@@ -63,6 +64,12 @@ static const struct kernel_level *level(void) {
 static const struct kernel_level *columns(void) {
     const struct kernel_level *found = level();
     return found->axpys != NULL ? found : kernel_avx2;
+}
+
+/* Whose sums are those of floats, also for types of 4 bits. */
+static const struct kernel_level *exact_columns(void) {
+    const struct kernel_level *found = columns();
+    return found == kernel_avx512bf16 && found != NULL ? kernel_avx2 : found;
 }
 
 const char *kernel_level(void) {
@@ -113,13 +120,13 @@ void kernel_dequantize(int type, int64_t n, const void *x, float *y) {
     }
     const uint8_t *col = x;
     memset(y, 0, (size_t)n * sizeof(float));
-    if (!columns()->axpys(type, n, &col, NULL, &one, 1, y)) ggml.ggml_get_type_traits(type)->to_float(x, y, n);
+    if (!exact_columns()->axpys(type, n, &col, NULL, &one, 1, y, NULL)) ggml.ggml_get_type_traits(type)->to_float(x, y, n);
 }
 
 void kernel_dequantize_scaled(int64_t n, const int8_t *x, const uint16_t *scales, float *y) {
     const uint8_t *col = (const uint8_t *)x;
     memset(y, 0, (size_t)n * sizeof(float));
-    (void)columns()->axpys(K_I8_SCALED, n, &col, &scales, &one, 1, y);
+    (void)columns()->axpys(K_I8_SCALED, n, &col, &scales, &one, 1, y, NULL);
 }
 
 /* ---- dot products --------------------------------------------------------------------------------------------- */
@@ -151,22 +158,27 @@ void kernel_dots_inputs(int type, int64_t n, const uint8_t *row, const void *con
 
 static void axpy_f32(int64_t n, float a, const float *x, float *y) {
     const uint8_t *col = (const uint8_t *)x;
-    (void)columns()->axpys(ABI_TYPE_F32, n, &col, NULL, &a, 1, y);
+    (void)columns()->axpys(ABI_TYPE_F32, n, &col, NULL, &a, 1, y, NULL);
 }
 
 void kernel_add_f32(int64_t n, const float *x, float *y) {
     axpy_f32(n, one, x, y);
 }
 
-void kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const float *a, int n_cols, float *y, float *tmp) {
-    if (columns()->axpys(type, n, cols, NULL, a, n_cols, y)) return;
+void kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const float *a, int n_cols, float *y,
+                  float *offsets, float *tmp) {
+    if (columns()->axpys(type, n, cols, NULL, a, n_cols, y, offsets)) return;
     for (int k = 0; k < n_cols; k++) {
         kernel_dequantize(type, n, cols[k], tmp);
         axpy_f32(n, a[k], tmp, y);
     }
 }
 
+void kernel_add_offsets(int64_t n, const float *offsets, float *y) {
+    for (int64_t i = 0; i < n; i++) y[i] += offsets[i / 32];
+}
+
 void kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a, int n_cols,
                          float *y) {
-    (void)columns()->axpys(K_I8_SCALED, n, cols, scales, a, n_cols, y);
+    (void)columns()->axpys(K_I8_SCALED, n, cols, scales, a, n_cols, y, NULL);
 }

@@ -18,16 +18,15 @@ typedef __m256 vf;
 typedef struct { __m256i half_block[2]; } factors;
 #include "kernels_x86.h"
 
-PRIMITIVE short word(const uint8_t *p) {
-    short h;
-    memcpy(&h, p, 2);
-    return h;
+/* 4 halves, put together without the vector units, which have enough to do. */
+PRIMITIVE long long words_4(const uint8_t *p, size_t stride) {
+    uint16_t h[4];
+    for (int i = 0; i < 4; i++) memcpy(&h[i], p + (size_t)i * stride, 2);
+    return (long long)((uint64_t)(h[0] | (uint32_t)h[1] << 16) | (uint64_t)(h[2] | (uint32_t)h[3] << 16) << 32);
 }
 /* 8 halves, stride bytes apart, times factor. */
 PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float factor, float *out) {
-    const __m128i h = _mm_set_epi16(word(p + 7 * stride), word(p + 6 * stride), word(p + 5 * stride),
-                                    word(p + 4 * stride), word(p + 3 * stride), word(p + 2 * stride),
-                                    word(p + stride), word(p));
+    const __m128i h = _mm_set_epi64x(words_4(p + 4 * stride, stride), words_4(p, stride));
     _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtph_ps(h), _mm256_set1_ps(factor)));
 }
 
@@ -82,16 +81,23 @@ PRIMITIVE vb add_two_bits(vb q, vb bits, int first, int second) {
 PRIMITIVE vi dot(vi sum, vb w, vb x) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
 }
+/* Weights are at most 24, so that 4 products fit 16 bits. */
+PRIMITIVE vi dot_nibbles(vi sum, vb lo, vb x_lo, vb hi, vb x_hi) {
+    const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(lo, x_lo), _mm256_maddubs_epi16(hi, x_hi));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(both, _mm256_set1_epi16(1)));
+}
 PRIMITIVE vb signed_weights(vb w) { return w; }
 PRIMITIVE vi dot_signed(vi sum, vb w, vb x) {
     return dot(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
 }
 
-/* The scales of 2 blocks of weights times those of 2 blocks of inputs, each in its lane. */
-PRIMITIVE vf lane_scales(const float *dw, const float *dx) {
-    const __m128 d = _mm_mul_ps(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)dw)),
-                                _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)dx)));
-    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(d), _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0));
+#define CHUNK_SUMS
+/* The sums of 8 blocks, each of which has a lane of 4 vectors. */
+PRIMITIVE vi chunk_sums(const vi *v) {
+    const vi a = _mm256_add_epi32(_mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpackhi_epi32(v[0], v[1]));
+    const vi b = _mm256_add_epi32(_mm256_unpacklo_epi32(v[2], v[3]), _mm256_unpackhi_epi32(v[2], v[3]));
+    const vi all = _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)); /* 0, 2, 4, 6, 1, 3, 5, 7 */
+    return _mm256_permutevar8x32_epi32(all, _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0));
 }
 
 PRIMITIVE factors make_factors(v16 scales) {

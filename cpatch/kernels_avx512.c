@@ -1,12 +1,12 @@
-/* kernels_avx512.c - AVX-512 (F, BW, DQ, VL); with VNNI when included from kernels_avx512vnni.c, with VNNI and VBMI when
- * included from kernels_avx512vbmi.c. */
+/* kernels_avx512.c - AVX-512 (F, BW, DQ, VL); with VNNI when included from kernels_avx512vnni.c, with VNNI, VBMI
+ * and BF16 when included from kernels_avx512bf16.c. */
 #include "kernels_simd.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <string.h>
-#ifdef WITH_VBMI
-BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx2,fma,f16c")
-#define NAME "avx512vbmi"
+#ifdef WITH_BF16
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,avx2,fma,f16c")
+#define NAME "avx512bf16"
 #define SIGNED_BIAS 128
 #elif defined(WITH_VNNI)
 BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
@@ -21,8 +21,8 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define LANES 4
 #define WIDTH 16
 #define ROWS 4
-#define COLUMNS 4
-#ifndef WITH_VBMI
+#define COLUMNS 8 /* they save loads and stores of y; more rows save nothing */
+#ifndef WITH_BF16
 #define DOTS_ONLY
 #endif
 #define PRIMITIVE static inline __attribute__((always_inline, unused)) /* unused: by dot products alone */
@@ -107,6 +107,7 @@ PRIMITIVE vi dot_signed(vi sum, vb w, vb x) {
 }
 #endif
 
+PRIMITIVE vi dot_nibbles(vi sum, vb lo, vb x_lo, vb hi, vb x_hi) { return dot(dot(sum, lo, x_lo), hi, x_hi); }
 /* The scales of 4 blocks of weights times those of 4 blocks of inputs, each in its lane. */
 PRIMITIVE vf lane_scales(const float *dw, const float *dx) {
     const __m128 d = _mm_mul_ps(_mm_loadu_ps(dw), _mm_loadu_ps(dx));
@@ -130,28 +131,46 @@ PRIMITIVE vi dot_factor(vi sum, vb w, vb x, factors f, int v) {
 PRIMITIVE vi dot_16(v16 a, const uint8_t *sums) { return _mm512_zextsi256_si512(dot_16_ints(a, sums)); }
 PRIMITIVE vi minus_32_times(vi a, vi b) { return _mm512_sub_epi32(a, _mm512_slli_epi32(b, 5)); }
 
-#ifdef WITH_VBMI
-#define TABLES /* 16 floats fill a vector: 4 bits pick one of them */
-/* 4 times 16 bytes, stride apart; byte i of int32 j is byte j of the i-th 16. FAR is what of them 64 bytes miss. */
-#define FAR(stride) (3 * (stride) + 16 - 64)
-#define AT(i, j, stride) ((i) * (stride) + (j) < 64 ? (i) * (stride) + (j) : (i) * (stride) + (j) - FAR(stride) + 64)
-#define INT(j, stride) AT(0, j, stride), AT(1, j, stride), AT(2, j, stride), AT(3, j, stride)
-#define INTS(j, stride) INT(j, stride), INT(j + 1, stride), INT(j + 2, stride), INT(j + 3, stride)
-#define ORDER(stride) {INTS(0, stride), INTS(4, stride), INTS(8, stride), INTS(12, stride)}
-PRIMITIVE vb spread(const uint8_t *p, size_t stride) {
-    static const uint8_t order_16[64] = ORDER(16), order_17[64] = ORDER(17), order_18[64] = ORDER(18);
-    if (stride == 16) return _mm512_permutexvar_epi8(_mm512_loadu_si512(order_16), _mm512_loadu_si512(p));
-    return _mm512_permutex2var_epi8(_mm512_loadu_si512(p), _mm512_loadu_si512(stride == 17 ? order_17 : order_18),
-                                    _mm512_loadu_si512(p + FAR(stride)));
+#ifdef WITH_BF16
+#define PAIRS /* two columns at a time, by products of pairs of bfloat16 */
+typedef __m512i table;
+PRIMITIVE table load_table(const int16_t *bf16_32) { return _mm512_loadu_si512(bf16_32); }
+
+/* Where byte i of 16-byte pieces x and y of the first column (f), and of the second, is put: [sx sy fx fy] in int32 i. */
+#define QUAD(i, x, y) 64 + (x) + (i), 64 + (y) + (i), (x) + (i), (y) + (i)
+#define QUADS(i, x, y) QUAD(i, x, y), QUAD(i + 1, x, y), QUAD(i + 2, x, y), QUAD(i + 3, x, y)
+#define ORDER(x, y) {QUADS(0, x, y), QUADS(4, x, y), QUADS(8, x, y), QUADS(12, x, y)}
+/* The pieces are at x and y = x + apart in 64 bytes of each column. */
+PRIMITIVE vb quads(const uint8_t *first, const uint8_t *second, int x, int apart) {
+    static const uint8_t order[][64] = {ORDER(0, 16), ORDER(32, 48), ORDER(0, 17), ORDER(31, 48), ORDER(0, 18), ORDER(30, 48)};
+    const uint8_t *at = order[(apart - 16) * 2 + (x > 0)];
+    return _mm512_permutex2var_epi8(_mm512_loadu_si512(first), _mm512_loadu_si512(at), _mm512_loadu_si512(second));
 }
-/* The lowest 4 bits of each int32 are those from bit 4 * i on; the others do not matter. */
-PRIMITIVE vb nibble(vb v, int i) { return i == 0 ? v : _mm512_srli_epi32(v, 4 * (unsigned)i); }
-PRIMITIVE vf pick(vf table, vb nibbles) { return _mm512_permutexvar_ps(nibbles, table); }
+/* sum += first factor * first column's weight, then the second's: of nibble i of both columns' 16 bits. */
+PRIMITIVE vf dot_pairs(vf sum, vb q, int i, table values, const uint32_t *factors) {
+    const vb nibbles = i == 0 ? q : _mm512_srli_epi16(q, 4 * (unsigned)i); /* the table ignores what is above them */
+    const __m512i w = _mm512_permutexvar_epi16(nibbles, values);
+    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)*factors));
+}
+PRIMITIVE void scale_8(const float *x, float factor, float *out) {
+    _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_loadu_ps(x), _mm256_set1_ps(factor)));
+}
+/* y[0..8) += a * (8 * scale + minimum). */
+PRIMITIVE void add_offsets_8(const float *scale, const float *minimum, float a, float *y) {
+    const __m256 offset = _mm256_fmadd_ps(_mm256_set1_ps(8.0f), _mm256_loadu_ps(scale), _mm256_loadu_ps(minimum));
+    _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_set1_ps(a), offset, _mm256_loadu_ps(y)));
+}
+/* out[0..8) = pairs of factors, the first one in the upper half, since it is added first. */
+PRIMITIVE void pair_8(const float *first, const float *second, uint32_t *out) {
+    const __m256i order = _mm256_set_epi16(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
+    const __m256i both = (__m256i)_mm256_cvtne2ps_pbh(_mm256_loadu_ps(first), _mm256_loadu_ps(second));
+    _mm256_storeu_si256((__m256i *)out, _mm256_permutexvar_epi16(order, both));
+}
 #endif
 
 #include "kernels_template.h"
-#if defined(WITH_VBMI)
-const struct kernel_level *const kernel_avx512vbmi = &level;
+#if defined(WITH_BF16)
+const struct kernel_level *const kernel_avx512bf16 = &level;
 #elif defined(WITH_VNNI)
 const struct kernel_level *const kernel_avx512vnni = &level;
 #else
@@ -159,8 +178,8 @@ const struct kernel_level *const kernel_avx512 = &level;
 #endif
 END_TARGET
 #else
-#if defined(WITH_VBMI)
-const struct kernel_level *const kernel_avx512vbmi = NULL;
+#if defined(WITH_BF16)
+const struct kernel_level *const kernel_avx512bf16 = NULL;
 #elif defined(WITH_VNNI)
 const struct kernel_level *const kernel_avx512vnni = NULL;
 #else

@@ -22,7 +22,8 @@ static double seconds(void) {
 }
 
 /* One thread's rows, PER_CALL at a time. */
-static void bench_part(const struct pi_kernel_job *job, const int32_t *rows, int n_rows, float *y, float *tmp) {
+static void bench_part(const struct pi_kernel_job *job, const int32_t *rows, int n_rows, float *y, float *offsets,
+                       float *tmp) {
     const uint8_t *list[PER_CALL];
     const uint16_t *scales[PER_CALL];
     float a[PER_CALL];
@@ -35,25 +36,25 @@ static void bench_part(const struct pi_kernel_job *job, const int32_t *rows, int
         }
         if (job->op == PI_KERNEL_DOTS) kernel_dots(job->type, job->n, list, n, job->input, a);
         else if (job->type == ABI_TYPE_I8) kernel_axpys_scaled(job->n, list, scales, a, n, y);
-        else kernel_axpys(job->type, job->n, list, a, n, y, tmp);
+        else kernel_axpys(job->type, job->n, list, a, n, y, offsets, tmp);
     }
 }
 
 double pi_kernel_seconds(const struct pi_kernel_job *job, const int32_t *rows, int n_rows, int n_threads) {
     const size_t room = ((size_t)job->n * sizeof(float) + 4095) / 4096 * 4096;
-    float *scratch = aligned_alloc(4096, 2 * room * (size_t)n_threads);
+    float *scratch = aligned_alloc(4096, 3 * room * (size_t)n_threads);
     if (scratch == NULL) return -1.0;
-    memset(scratch, 0, 2 * room * (size_t)n_threads);
+    memset(scratch, 0, 3 * room * (size_t)n_threads);
     double start = 0.0;
 #pragma omp parallel num_threads(n_threads)
     {
         const int t = omp_get_thread_num(), n = omp_get_num_threads();
         const int first = (int)((int64_t)n_rows * t / n), last = (int)((int64_t)n_rows * (t + 1) / n);
-        float *own = scratch + 2 * room / sizeof(float) * (size_t)t;
+        float *own = scratch + 3 * room / sizeof(float) * (size_t)t;
 #pragma omp barrier
 #pragma omp master
         start = seconds();
-        bench_part(job, rows + first, last - first, own, own + room / sizeof(float));
+        bench_part(job, rows + first, last - first, own, own + room / sizeof(float), own + 2 * room / sizeof(float));
     }
     const double end = seconds();
     free(scratch);
@@ -121,8 +122,13 @@ void pi_kernel_dots_inputs(int type, int64_t n, const uint8_t *row, const void *
     kernel_dots_inputs(type, n, row, xqs, n_x, out);
 }
 
-void pi_kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const float *a, int n_cols, float *y, float *tmp) {
-    kernel_axpys(type, n, cols, a, n_cols, y, tmp);
+void pi_kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const float *a, int n_cols, float *y, float *offsets,
+                     float *tmp) {
+    kernel_axpys(type, n, cols, a, n_cols, y, offsets, tmp);
+}
+
+void pi_kernel_add_offsets(int64_t n, const float *offsets, float *y) {
+    kernel_add_offsets(n, offsets, y);
 }
 
 void pi_kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,

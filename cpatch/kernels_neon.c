@@ -84,6 +84,7 @@ PRIMITIVE vi dot(vi sum, vb w, vb x) {
     return vpadalq_s16(sum, vmull_high_s8(a, b));
 #endif
 }
+PRIMITIVE vi dot_nibbles(vi sum, vb lo, vb x_lo, vb hi, vb x_hi) { return dot(dot(sum, lo, x_lo), hi, x_hi); }
 PRIMITIVE vb signed_weights(vb w) { return w; }
 PRIMITIVE vi dot_signed(vi sum, vb w, vb x) { return dot(sum, w, x); }
 PRIMITIVE vf lane_scales(const float *dw, const float *dx) { return vdupq_n_f32(*dw * *dx); }

@@ -94,6 +94,7 @@ PRIMITIVE vb low_8(uint64_t bytes) { vb v = {{0}}; EACH(8) v.b[i] = (uint8_t)(by
 PRIMITIVE vb shuffle_16(vb v, const uint8_t *order) { vb s; EACH(16) s.b[i] = v.b[order[i]]; return s; }
 
 PRIMITIVE vi dot(vi sum, vb w, vb x) { EACH(16) sum.i[i % 4] += (int8_t)w.b[i] * (int8_t)x.b[i]; return sum; }
+PRIMITIVE vi dot_nibbles(vi sum, vb lo, vb x_lo, vb hi, vb x_hi) { return dot(dot(sum, lo, x_lo), hi, x_hi); }
 PRIMITIVE vb signed_weights(vb w) { return w; }
 PRIMITIVE vi dot_signed(vi sum, vb w, vb x) { return dot(sum, w, x); }
 PRIMITIVE vf lane_scales(const float *dw, const float *dx) { return same_f(*dw * *dx); }

@@ -29,16 +29,17 @@ struct kernel_level {
     /* out[i] = dot product of row i and input i; the rows are many and the input one, or the other way round. */
     bool (*dots)(int type, int64_t n, const uint8_t *const *rows, int n_rows, const uint8_t *const *xs, int n_xs,
                  float *out);
-    /* y += a[k] * column k, in order; scales: only for I8_SCALED. */
+    /* y += a[k] * column k, in order; scales: only for I8_SCALED. offsets: as in kernel_axpys(); NULL: what
+     * belongs there is added to y (not with avx512bf16's K-quants). */
     bool (*axpys)(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
-                  int n_cols, float *y);
+                  int n_cols, float *y, float *offsets);
 };
 /* All return false, having done nothing, for types they have no code for. axpys is NULL with AVX-512 without
- * VBMI, whose wider vectors gain nothing there (measured on Zen 4): AVX2's serve, and give the same bits as any fused
+ * BF16, whose wider vectors gain nothing there (measured on Zen 4): AVX2's serve, and give the same bits as any fused
  * ones. */
 
 /* NULL where the compiler's target has no such thing. */
 extern const struct kernel_level *const kernel_portable, *const kernel_neon, *const kernel_avx2, *const kernel_avx512,
-    *const kernel_avx512vnni, *const kernel_avx512vbmi;
+    *const kernel_avx512vnni, *const kernel_avx512bf16;
 
 #endif

@@ -8,9 +8,9 @@
  * first half of block k's values and lane k of a second one the other half, which is how 4-bit types lie in memory
  * anyway. The sums of a lane are exact integers; one multiply-add with the lane's scale turns them into floats.
  *
- * Columns are added with one multiply-add per element, column by column: of their factor with a K-quant's value
- * (exact), or, with 32 values per block, of factor times scale (rounded once) with the block's integer. So y does not
- * depend on the grouping, nor on the level where the level has fused multiply-adds.
+ * Columns are added with one multiply-add per element, column by column: of factor times scale (rounded once) with the
+ * integer; what a K-quant adds to 32 values alike goes to offsets in the same way. So y does not depend on the grouping,
+ * nor on the level where the level has fused multiply-adds and factors are not rounded further (PAIRS).
  *
  * Rows lie scattered, and the hardware's prefetching starts anew in each; so every chunk of a row also asks for the
  * same chunk of the row that will be read in its place. */
@@ -75,8 +75,8 @@ INLINE void block_values(int type, const uint8_t *blocks, vb *lo, vb *hi) {
     }
 }
 
-INLINE vi block_dot(int type, vi sum, vb w, vb x) {
-    return type == K_Q8_0 ? dot_signed(sum, w, x) : dot(sum, w, x);
+INLINE vi block_dot(int type, vi sum, vb lo, vb x_lo, vb hi, vb x_hi) {
+    return type == K_Q8_0 ? dot_signed(dot_signed(sum, lo, x_lo), hi, x_hi) : dot_nibbles(sum, lo, x_lo, hi, x_hi);
 }
 
 /* acc[r * X + i] += the partial sums of a chunk of rows r and inputs i, without its first skip blocks. */
@@ -90,6 +90,9 @@ INLINE void dots_chunk(int type, const uint8_t *const w[], size_t w_at, int R, c
         block_scales(K_Q8_0, x[i] + x_at, 1.0f, dx[i]);
         for (size_t b = 0; b < skip; b++) dx[i][b] = 0.0f;
     }
+#ifdef CHUNK_SUMS
+    vi sums[ROWS][CHUNK / LANES];
+#endif
     UNROLL for (int b = 0; b < CHUNK; b += LANES) {
         vb x_lo[ROWS], x_hi[ROWS];
         vi start[ROWS];
@@ -103,11 +106,23 @@ INLINE void dots_chunk(int type, const uint8_t *const w[], size_t w_at, int R, c
             vb lo, hi;
             block_values(type, w[r] + w_at + (size_t)b * size, &lo, &hi);
             UNROLL for (int i = 0; i < X; i++) {
-                const vi sum = block_dot(type, block_dot(type, start[i], lo, x_lo[i]), hi, x_hi[i]);
+                const vi sum = block_dot(type, start[i], lo, x_lo[i], hi, x_hi[i]);
+#ifdef CHUNK_SUMS
+                sums[r * X + i][b / LANES] = sum;
+#else
                 acc[r * X + i] = fma_f(to_float(sum), lane_scales(dw[r] + b, dx[i] + b), acc[r * X + i]);
+#endif
             }
         }
     }
+#ifdef CHUNK_SUMS /* a vector has room for one sum of each block: one conversion and one multiplication for all */
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int i = 0; i < X; i++) {
+            const vf d = mul_f(load_f(dw[r]), load_f(dx[i]));
+            acc[r * X + i] = fma_f(to_float(chunk_sums(sums[r * X + i])), d, acc[r * X + i]);
+        }
+    }
+#endif
 }
 
 /* out[r * X + i]: R rows with X inputs; left: rows from w[0] on. */
@@ -349,44 +364,83 @@ INLINE void load_32(const uint8_t *bytes, int apart, vf *out) {
     UNROLL for (int i = 0; i < HALF_VECTORS; i++) out[HALF_VECTORS + i] = load_i8(bytes + apart + i * WIDTH);
 }
 
-#ifdef TABLES
-
-/* The floats that 4 bits stand for; a K-quant's are to be scaled. */
-INLINE vf nibble_floats(int type) {
-    static const float q4_0[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-    static const float mxfp4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-    static const float q4_k[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return load_f(type == K_Q4_0 ? q4_0 : type == K_MXFP4 ? mxfp4 : q4_k);
+/* The scale of each 16 values of a Q6_K block, less 32; or scale and minimum of 32: values are scale * q + minimum. */
+INLINE void k_scale_floats(int type, const uint8_t *block, float *scale, float *minimum) {
+    uint64_t scales, minima;
+    if (type == K_Q6_K) {
+        const float d = half(block + 208);
+        for (int g = 0; g < 16; g += 8) {
+            memcpy(&scales, block + 192 + g, 8);
+            scale_bytes(scales, d, scale + g);
+        }
+        return;
+    }
+    unpack_scales(block + 4, &scales, &minima);
+    scale_bytes(scales, half(block), scale);
+    scale_bytes(minima, -half(block + 2), minimum);
 }
 
-/* y[0..128) += blocks 4 * part to 4 * part + 3 of a chunk, at bytes into C columns; d: their factors. */
-INLINE void add_4_blocks(int type, const uint8_t *const cols[], size_t at, int C, float (*d)[CHUNK], int part,
-                         float *y) {
-    const size_t size = block_size(type);
-    const vf table = nibble_floats(type);
+#ifdef PAIRS
+
+/* The values of 4 bits, as bfloat16 (exact), twice, so that a fifth bit does not matter. */
+INLINE table nibble_values(int type) {
+    enum { P1 = 0x3f80, P2 = 0x4000, P3 = 0x4040, P4 = 0x4080, P5 = 0x40a0, P6 = 0x40c0, P7 = 0x40e0, P8 = 0x4100,
+           P12 = 0x4140, MINUS = -0x8000 };
+#define TWICE(...) {__VA_ARGS__, __VA_ARGS__}
+    static const int16_t minus_8[32] = TWICE(MINUS + P8, MINUS + P7, MINUS + P6, MINUS + P5, MINUS + P4, MINUS + P3, MINUS + P2,
+                                             MINUS + P1, 0, P1, P2, P3, P4, P5, P6, P7);
+    static const int16_t mxfp4[32] = TWICE(0, P1, P2, P3, P4, P6, P8, P12, 0, MINUS + P1, MINUS + P2, MINUS + P3, MINUS + P4,
+                                           MINUS + P6, MINUS + P8, MINUS + P12);
+    return load_table(type == K_MXFP4 ? mxfp4 : minus_8);
+}
+
+/* y[0..128) += blocks 4 * part to 4 * part + 3 of a chunk, at bytes into C columns; d: their factors, in pairs. */
+INLINE void add_4_blocks(int type, const uint8_t *const cols[], size_t at, int C, uint32_t (*d)[CHUNK], int part, float *y) {
+    const int size = (int)block_size(type);
+    const table values = nibble_values(type);
     vf sums[8];
     UNROLL for (int i = 0; i < 8; i++) sums[i] = load_f(y + i * WIDTH);
-    UNROLL for (int c = 0; c < C; c++) {
-        const vb q = spread(cols[c] + at + 4 * part * size + (size - 16), size);
-        UNROLL for (int i = 0; i < 8; i++) {
-            sums[i] = fma_f(same_f(d[c][4 * part + i / 2]), pick(table, nibble(q, i)), sums[i]);
+    UNROLL for (int c = 0; c < C; c += 2) {
+        const uint8_t *first = cols[c] + at + (size_t)(4 * part * size + size - 16);
+        const uint8_t *second = cols[c + 1 < C ? c + 1 : c] + at + (size_t)(4 * part * size + size - 16);
+        const int far = 3 * size - 48; /* 64 bytes from there on end with the last block */
+        UNROLL for (int b = 0; b < 4; b += 2) {
+            const vb q = quads(first + (b == 0 ? 0 : far), second + (b == 0 ? 0 : far), b == 0 ? 0 : 2 * size - far, size);
+            UNROLL for (int i = 0; i < 4; i++) { /* the low and the high nibbles of a block, then of the other */
+                const int block = b + i / 2;
+                sums[2 * b + i] = dot_pairs(sums[2 * b + i], q, i, values, &d[c / 2][4 * part + block]);
+            }
         }
     }
     UNROLL for (int i = 0; i < 8; i++) store_f(y + i * WIDTH, sums[i]);
 }
 
-/* y[0..256) += a Q4_K block of C columns. */
-INLINE void add_q4_k(const uint8_t *const cols[], size_t at, int C, float (*scale)[16], float (*minimum)[16], const float *a,
-                     float *y) {
+/* y[0..256) += a Q4_K block of C columns, less what is the same for 32 values: that goes to offsets[0..8). */
+INLINE void add_q4_k(const uint8_t *const cols[], size_t at, int C, const float *a, float *y, float *offsets) {
+    _Alignas(64) uint32_t pairs[COLUMNS][8];
+    const table values = nibble_values(K_Q4_K);
+    UNROLL for (int c = 0; c < C; c += 2) {
+        float scale[2][8], minimum[8], d[2][8];
+        UNROLL for (int i = 0; i < 2; i++) {
+            const int of = c + i < C ? c + i : c;
+            k_scale_floats(K_Q4_K, cols[of] + at, scale[i], minimum);
+            scale_8(scale[i], of == c + i ? a[of] : 0.0f, d[i]);
+            if (of == c + i) add_offsets_8(scale[i], minimum, a[of], offsets);
+        }
+        pair_8(d[0], d[1], pairs[c / 2]);
+    }
+    IN_MEMORY;
     UNROLL for (int part = 0; part < 2; part++, y += 128) {
         vf sums[8];
         UNROLL for (int i = 0; i < 8; i++) sums[i] = load_f(y + i * WIDTH);
-        UNROLL for (int c = 0; c < C; c++) {
-            const vb q = spread(cols[c] + at + 16 + 64 * part, 16);
-            UNROLL for (int i = 0; i < 8; i++) { /* 32 values in low nibbles, 32 in the high ones, then again */
-                const int group = 4 * part + i / 2, from = i / 4 * 4 + i % 2 * 2 + i / 2 % 2;
-                const vf table = fma_f(same_f(scale[c][group]), nibble_floats(K_Q4_K), same_f(minimum[c][group]));
-                sums[i] = fma_f(same_f(a[c]), pick(table, nibble(q, from)), sums[i]);
+        UNROLL for (int c = 0; c < C; c += 2) {
+            const uint8_t *first = cols[c] + at + 16 + 64 * part, *second = cols[c + 1 < C ? c + 1 : c] + at + 16 + 64 * part;
+            UNROLL for (int half = 0; half < 2; half++) { /* 32 values in low nibbles, 32 in the high ones */
+                const vb q = quads(first, second, 32 * half, 16);
+                UNROLL for (int i = 0; i < 4; i++) {
+                    vf *sum = &sums[4 * half + i % 2 * 2 + i / 2];
+                    *sum = dot_pairs(*sum, q, i, values, &pairs[c / 2][4 * part + 2 * half + i % 2]);
+                }
             }
         }
         UNROLL for (int i = 0; i < 8; i++) store_f(y + i * WIDTH, sums[i]);
@@ -396,18 +450,27 @@ INLINE void add_q4_k(const uint8_t *const cols[], size_t at, int C, float (*scal
 
 /* y[0..32 * count) += the chunk at bytes into C columns, of which count blocks are there. */
 INLINE void add_chunk(int type, const uint8_t *const cols[], size_t at, int C, int count, const float *a, float *y) {
-    _Alignas(64) float d[COLUMNS][CHUNK];
-    _Alignas(64) uint8_t unpacked[COLUMNS][CHUNK * 32];
-    UNROLL for (int c = 0; c < C; c++) block_scales(type, cols[c] + at, a[c], d[c]);
-    IN_MEMORY;
-#ifdef TABLES
+#ifdef PAIRS
     if (type != K_Q8_0) {
+        _Alignas(64) uint32_t pairs[COLUMNS][CHUNK];
+        float d[2][CHUNK];
+        UNROLL for (int c = 0; c < C; c += 2) {
+            const int second = c + 1 < C ? c + 1 : c;
+            block_scales(type, cols[c] + at, a[c], d[0]);
+            block_scales(type, cols[second] + at, second == c ? 0.0f : a[second], d[1]);
+            pair_8(d[0], d[1], pairs[c / 2]);
+        }
+        IN_MEMORY;
         UNROLL for (int part = 0; part < CHUNK / 4; part++) {
-            if (part * 4 < count) add_4_blocks(type, cols, at, C, d, part, y + part * 128);
+            if (part * 4 < count) add_4_blocks(type, cols, at, C, pairs, part, y + part * 128);
         }
         return;
     }
 #endif
+    _Alignas(64) float d[COLUMNS][CHUNK];
+    _Alignas(64) uint8_t unpacked[COLUMNS][CHUNK * 32];
+    UNROLL for (int c = 0; c < C; c++) block_scales(type, cols[c] + at, a[c], d[c]);
+    IN_MEMORY;
     UNROLL for (int c = 0; c < C; c++) unpack_chunk(type, cols[c] + at, unpacked[c]);
     for (int b = 0; b < count; b++) {
         ADD_32(y + b * 32, d[c][b], C, int apart;
@@ -431,39 +494,30 @@ INLINE void axpys_blocks(int type, int64_t n, const uint8_t *const *cols, int C,
     memcpy(y + (blocks - rest) * 32, sums, rest * 32 * sizeof(float));
 }
 
-/* The scale and the minimum of each 16 values of a K-block, as floats: values are scale * q + minimum. */
-INLINE void k_scale_floats(int type, const uint8_t *block, float *scale, float *minimum) {
-    uint64_t scales, minima;
-    if (type == K_Q6_K) {
-        const float d = half(block + 208);
-        for (int g = 0; g < 16; g += 8) {
-            memcpy(&scales, block + 192 + g, 8);
-            scale_bytes(scales, d, scale + g);
-            scale_bytes(scales, -32.0f * d, minimum + g);
-        }
-        return;
-    }
-    unpack_scales(block + 4, &scales, &minima);
-    scale_bytes(scales, half(block), scale);
-    scale_bytes(minima, -half(block + 2), minimum);
-}
-
 /* y[0..256) += a K-block of C columns: its integers are laid out as bytes, then each 16 become floats. */
-INLINE void add_k_block(int type, const uint8_t *const cols[], size_t at, int C, const float *a, float *y) {
-    _Alignas(64) uint8_t q[COLUMNS][256];
-    _Alignas(64) float scale[COLUMNS][16], minimum[COLUMNS][16];
-    UNROLL for (int c = 0; c < C; c++) {
-        k_scale_floats(type, cols[c] + at, scale[c], minimum[c]);
-    }
-    IN_MEMORY;
-#ifdef TABLES
+INLINE void add_k_block(int type, const uint8_t *const cols[], size_t at, int C, const float *a, float *y, float *offsets) {
+#ifdef PAIRS
     if (type == K_Q4_K) {
-        add_q4_k(cols, at, C, scale, minimum, a, y);
+        add_q4_k(cols, at, C, a, y, offsets);
         return;
     }
 #endif
+    _Alignas(64) uint8_t q[COLUMNS][256];
+    _Alignas(64) float factor[COLUMNS][16];
+    float own[8] = {0}, *const constants = offsets != NULL ? offsets : own;
+    const int groups = type == K_Q6_K ? 16 : 8;
     UNROLL for (int c = 0; c < C; c++) {
-        UNROLL for (int v = 0; v < 16 / LANES; v++) store_b(q[c] + v * LANES * 16, k_values(type, cols[c] + at, v));
+        float scale[16], minimum[8] = {0};
+        k_scale_floats(type, cols[c] + at, scale, minimum);
+        for (int g = 0; g < groups; g++) factor[c][g] = a[c] * scale[g];
+        for (int g = 0; g < 8 && type != K_Q6_K; g++) constants[g] += a[c] * minimum[g];
+    }
+    IN_MEMORY;
+    UNROLL for (int c = 0; c < C; c++) {
+        UNROLL for (int v = 0; v < 16 / LANES; v++) {
+            const vb values = k_values(type, cols[c] + at, v);
+            store_b(q[c] + v * LANES * 16, type == K_Q6_K ? minus(values, same_bytes(32)) : values);
+        }
     }
     for (int lane = 0; lane < 16; lane++) { /* in the order of k_values() */
         const int half_block = lane / 8, high = lane % 8 / 4, chunk = lane % 4;
@@ -473,20 +527,20 @@ INLINE void add_k_block(int type, const uint8_t *const cols[], size_t at, int C,
         UNROLL for (int i = 0; i < HALF_VECTORS; i++) sums[i] = load_f(to + i * WIDTH);
         UNROLL for (int c = 0; c < C; c++) {
             UNROLL for (int i = 0; i < HALF_VECTORS; i++) {
-                const vf integers = load_i8(q[c] + lane * 16 + i * WIDTH);
-                const vf w = fma_f(same_f(scale[c][group]), integers, same_f(minimum[c][group]));
-                sums[i] = fma_f(same_f(a[c]), w, sums[i]);
+                sums[i] = fma_f(same_f(factor[c][group]), load_i8(q[c] + lane * 16 + i * WIDTH), sums[i]);
             }
         }
         UNROLL for (int i = 0; i < HALF_VECTORS; i++) store_f(to + i * WIDTH, sums[i]);
     }
+    for (int i = 0; i < 256 && offsets == NULL && type != K_Q6_K; i++) y[i] += own[i / 32];
 }
 
-INLINE void axpys_k(int type, int64_t n, const uint8_t *const *cols, int C, int left, const float *a, float *y) {
+INLINE void axpys_k(int type, int64_t n, const uint8_t *const *cols, int C, int left, const float *a, float *y,
+                    float *offsets) {
     const size_t size = block_size(type), blocks = (size_t)n / 256;
     for (size_t b = 0; b < blocks; b++) {
         fetch_next(cols, C, left, b * size, size);
-        add_k_block(type, cols, b * size, C, a, y + b * 256);
+        add_k_block(type, cols, b * size, C, a, y + b * 256, offsets == NULL ? NULL : offsets + b * 8);
     }
 }
 
@@ -525,34 +579,37 @@ INLINE void axpys_plain(int type, int64_t n, const uint8_t *const *cols, const u
 }
 
 INLINE void axpys_some(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, int C, int left,
-                       const float *a, float *y) {
+                       const float *a, float *y, float *offsets) {
     if (type == K_Q4_0 || type == K_Q8_0 || type == K_MXFP4) axpys_blocks(type, n, cols, C, left, a, y);
-    else if (type == K_Q4_K || type == K_Q5_K || type == K_Q6_K) axpys_k(type, n, cols, C, left, a, y);
+    else if (type == K_Q4_K || type == K_Q5_K || type == K_Q6_K) axpys_k(type, n, cols, C, left, a, y, offsets);
     else axpys_plain(type, n, cols, scales, C, left, a, y);
 }
 
 INLINE void axpys_list(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
-                       int n_cols, float *y) {
+                       int n_cols, float *y, float *offsets) {
     int k = 0;
     for (; k + COLUMNS <= n_cols; k += COLUMNS) {
-        axpys_some(type, n, cols + k, scales == NULL ? NULL : scales + k, COLUMNS, n_cols - k, a + k, y);
+        axpys_some(type, n, cols + k, scales == NULL ? NULL : scales + k, COLUMNS, n_cols - k, a + k, y, offsets);
     }
-    for (; k < n_cols; k++) axpys_some(type, n, cols + k, scales == NULL ? NULL : scales + k, 1, n_cols - k, a + k, y);
+    for (; k + 2 <= n_cols && COLUMNS > 2; k += 2) {
+        axpys_some(type, n, cols + k, scales == NULL ? NULL : scales + k, 2, n_cols - k, a + k, y, offsets);
+    }
+    for (; k < n_cols; k++) axpys_some(type, n, cols + k, scales == NULL ? NULL : scales + k, 1, n_cols - k, a + k, y, offsets);
 }
 
 static bool axpys(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
-                  int n_cols, float *y) {
+                  int n_cols, float *y, float *offsets) {
     switch (type) {
-    case K_F32: axpys_list(K_F32, n, cols, NULL, a, n_cols, y); return true;
-    case K_F16: axpys_list(K_F16, n, cols, NULL, a, n_cols, y); return true;
-    case K_BF16: axpys_list(K_BF16, n, cols, NULL, a, n_cols, y); return true;
-    case K_I8_SCALED: axpys_list(K_I8_SCALED, n, cols, scales, a, n_cols, y); return true;
-    case K_Q4_0: axpys_list(K_Q4_0, n, cols, NULL, a, n_cols, y); return true;
-    case K_Q8_0: axpys_list(K_Q8_0, n, cols, NULL, a, n_cols, y); return true;
-    case K_MXFP4: axpys_list(K_MXFP4, n, cols, NULL, a, n_cols, y); return true;
-    case K_Q4_K: axpys_list(K_Q4_K, n, cols, NULL, a, n_cols, y); return true;
-    case K_Q5_K: axpys_list(K_Q5_K, n, cols, NULL, a, n_cols, y); return true;
-    case K_Q6_K: axpys_list(K_Q6_K, n, cols, NULL, a, n_cols, y); return true;
+    case K_F32: axpys_list(K_F32, n, cols, NULL, a, n_cols, y, offsets); return true;
+    case K_F16: axpys_list(K_F16, n, cols, NULL, a, n_cols, y, offsets); return true;
+    case K_BF16: axpys_list(K_BF16, n, cols, NULL, a, n_cols, y, offsets); return true;
+    case K_I8_SCALED: axpys_list(K_I8_SCALED, n, cols, scales, a, n_cols, y, offsets); return true;
+    case K_Q4_0: axpys_list(K_Q4_0, n, cols, NULL, a, n_cols, y, offsets); return true;
+    case K_Q8_0: axpys_list(K_Q8_0, n, cols, NULL, a, n_cols, y, offsets); return true;
+    case K_MXFP4: axpys_list(K_MXFP4, n, cols, NULL, a, n_cols, y, offsets); return true;
+    case K_Q4_K: axpys_list(K_Q4_K, n, cols, NULL, a, n_cols, y, offsets); return true;
+    case K_Q5_K: axpys_list(K_Q5_K, n, cols, NULL, a, n_cols, y, offsets); return true;
+    case K_Q6_K: axpys_list(K_Q6_K, n, cols, NULL, a, n_cols, y, offsets); return true;
     default: return false;
     }
 }

@@ -113,7 +113,7 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi,po
 
 bool panel_runs(void) {
     const char *level = kernel_level();
-    return strcmp(level, "avx512vnni") == 0 || strcmp(level, "avx512vbmi") == 0;
+    return strcmp(level, "avx512vnni") == 0 || strcmp(level, "avx512bf16") == 0;
 }
 
 bool panel_available(void) {

@@ -23,7 +23,7 @@ enum { BLOCKS = 16, Q4_0_SIZE = 18, Q8_0_SIZE = 34, Q4_K_SIZE = 144, Q5_K_SIZE =
 
 bool tile_available(void) {
     const char *level = kernel_level();
-    const bool vnni = strcmp(level, "avx512vnni") == 0 || strcmp(level, "avx512vbmi") == 0;
+    const bool vnni = strcmp(level, "avx512vnni") == 0 || strcmp(level, "avx512bf16") == 0;
     return vnni && __builtin_cpu_supports("avx512bf16");
 }
 

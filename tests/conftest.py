@@ -53,7 +53,7 @@ def llama_cpp_sources() -> Path:
 def with_vnni() -> Iterator[None]:
     """The best instructions with AVX-512 VNNI, whatever POWERINFER_KERNELS says: what tiles and panels need."""
     ffi, lib = native()
-    levels = [level for level in (b"avx512vbmi", b"avx512vnni") if lib.pi_kernel_force(level) == 0]
+    levels = [level for level in (b"avx512bf16", b"avx512vnni") if lib.pi_kernel_force(level) == 0]
     if not levels:
         _, flags = parse_cpuinfo(Path("/proc/cpuinfo").read_text())
         assert "avx512_vnni" not in flags

@@ -196,14 +196,24 @@ def test_gated_layers_compute_what_numpy_computes(tmp_path: Path, quant: str, ro
 @pytest.mark.parametrize("quant", TYPES)
 @pytest.mark.parametrize("experts", [0, 4])
 def test_down_alone_skips_zeros_and_nothing_else(tmp_path: Path, quant: str, experts: int) -> None:
+    ffi, lib = native()
     rng = np.random.default_rng(1)
     layer = open_layer(tmp_path, rng, quant, gated=False, experts=experts)
     for rows in (1, 2, 40):
         h = sparse_values(rng, rows, 0.3)
         h[:, ::2] = 0  # negative activations count (LoRA, silu), zeros do not
         expert = rng.integers(0, experts, rows).astype(np.int32) if experts else None
+        want = expected(layer, h, None, expert, NATIVE)[0]
         out, _ = run(layer, h, None, expert, 2)
-        assert_close(out, expected(layer, h, None, expert, NATIVE)[0], 1e-6)
+        # Factors of 4-bit columns may be rounded to bfloat16 (kernels.h), which moves the sums; nothing else may.
+        coarse = ffi.string(lib.pi_kernel_level()) == b"avx512bf16" and quant in ("Q4_0", "Q4_K")
+        assert_close(out, want, 0.0025 if coarse else 1e-6)
+        lib.pi_kernel_force(b"portable")
+        try:
+            out, _ = run(layer, h, None, expert, 2)
+        finally:
+            lib.pi_kernel_force(ffi.NULL)
+        assert_close(out, want, 1e-6)
 
 
 def test_counters_tell_what_was_computed(tmp_path: Path) -> None:

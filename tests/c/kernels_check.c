@@ -187,7 +187,9 @@ static void check_dots(int type, int input_type, int n) {
 
 static void check_axpys(int type, int n) {
     const uint8_t *list[ROWS];
-    static float y[MAX_N], cut[MAX_N], tmp[MAX_N];
+    static float y[MAX_N], cut[MAX_N], tmp[MAX_N], y_offsets[MAX_N / 32 + 1], cut_offsets[MAX_N / 32 + 1];
+    /* Factors are rounded to bfloat16, for K-quants those of the integers less 8. */
+    const bool coarse = strcmp(kernel_level(), "avx512bf16") == 0 && (type == K_Q4_0 || type == K_MXFP4 || type == K_Q4_K);
     float a[ROWS];
     new_rows(size_of_row(type, n));
     for (int i = 0; i < ROWS; i++) {
@@ -196,14 +198,22 @@ static void check_axpys(int type, int n) {
         a[i] = (float)(int32_t)next_random() / 2147483648.0f;
     }
     for (int k = 0; k < n; k++) y[k] = cut[k] = (float)k / 64.0f;
-    kernel_axpys(type, n, list, a, ROWS, y, tmp);
-    kernel_axpys(type, n, list, a, 3, cut, tmp);
-    kernel_axpys(type, n, list + 3, a + 3, ROWS - 3, cut, tmp);
+    memset(y_offsets, 0, sizeof y_offsets);
+    memset(cut_offsets, 0, sizeof cut_offsets);
+    kernel_axpys(type, n, list, a, ROWS, y, y_offsets, tmp);
+    kernel_axpys(type, n, list, a, 3, cut, cut_offsets, tmp);
+    kernel_axpys(type, n, list + 3, a + 3, ROWS - 3, cut, cut_offsets, tmp);
+    kernel_add_offsets(n, y_offsets, y);
+    kernel_add_offsets(n, cut_offsets, cut);
     if (memcmp(y, cut, (size_t)n * 4) != 0) expect(type, n, "axpys, cut", 1, 0, 0);
     for (int k = 0; k < n; k++) {
         double sum = k / 64.0, size = sum;
-        for (int i = 0; i < ROWS; i++) sum += a[i] * value(type, list[i], k), size += fabs(a[i] * value(type, list[i], k));
-        expect(type, n, "axpys", y[k], sum, size * 1e-6);
+        for (int i = 0; i < ROWS; i++) {
+            const double term = a[i] * value(type, list[i], k);
+            sum += term;
+            size += fabs(term) + (type == K_Q4_K || type == K_Q5_K ? fabs(a[i]) * 0.5 * 63 * 32 : 0);
+        }
+        expect(type, n, "axpys", y[k], sum, size * (coarse ? 1.0 / 256 : 1e-6));
     }
     kernel_dequantize(type, n, list[0], tmp);
     for (int k = 0; k < n && type != K_F32; k++) expect(type, n, "dequantize", tmp[k], (float)value(type, list[0], k), 0);
