@@ -12,14 +12,16 @@
 
 /* ---- layout --------------------------------------------------------------------------------------------------- */
 
-/* A field of a block, by its place there: `chunk` bytes of a row are followed by those of the next. A plane is a range of
- * the block's bytes, of which a panel has all blocks' one after the other: one, unless vectors would not be aligned. */
+/* A field of a block, by its place there, and by its place in the panel's: `chunk` bytes of a row are followed by those of
+ * the next. A plane is a range of the panel's block, of which a panel has all blocks' one after the other: one, unless
+ * vectors would not be aligned. Processors fetch one stream of addresses ahead better than several. */
 struct panel_field {
-    uint8_t offset, size, chunk, plane, plane_size;
+    uint8_t offset, size, chunk, at, plane, plane_size;
 };
 
+/* values and bytes of a block; bytes of an input's block, see round_piece(). Two of ggml's blocks of 32 are one here. */
 struct panel_layout {
-    int type, values, block, input; /* values and bytes of a block; bytes of an input's block, see round_piece() */
+    int type, values, block, input;
     int n_fields;
     struct panel_field fields[5];
 };
@@ -27,12 +29,13 @@ struct panel_layout {
 enum { BLOCK_INPUT = 40, K_INPUT = 4 + 64 + 256 };
 
 static const struct panel_layout layouts[] = {
-    {K_Q4_0, 32, 18, BLOCK_INPUT, 2, {{0, 2, 2, 0, 2}, {2, 16, 4, 2, 16}}},
-    {K_Q8_0, 32, 34, BLOCK_INPUT, 2, {{0, 2, 2, 0, 2}, {2, 32, 4, 2, 32}}},
-    {K_Q4_K, 256, 144, K_INPUT, 4, {{0, 2, 2, 0, 144}, {2, 2, 2, 0, 144}, {4, 12, 1, 0, 144}, {16, 128, 4, 0, 144}}},
-    {K_Q5_K, 256, 176, K_INPUT, 5, {{0, 2, 2, 0, 176}, {2, 2, 2, 0, 176}, {4, 12, 1, 0, 176}, {16, 32, 4, 0, 176},
-                                    {48, 128, 4, 0, 176}}},
-    {K_Q6_K, 256, 210, K_INPUT, 4, {{0, 128, 4, 0, 208}, {128, 64, 4, 0, 208}, {192, 16, 1, 0, 208}, {208, 2, 2, 208, 2}}},
+    {K_Q4_0, 64, 36, 2 * BLOCK_INPUT, 4, {{0, 2, 2, 0, 0, 36}, {18, 2, 2, 2, 0, 36}, {2, 16, 4, 4, 0, 36}, {20, 16, 4, 20, 0, 36}}},
+    {K_Q8_0, 64, 68, 2 * BLOCK_INPUT, 4, {{0, 2, 2, 0, 0, 68}, {34, 2, 2, 2, 0, 68}, {2, 32, 4, 4, 0, 68}, {36, 32, 4, 36, 0, 68}}},
+    {K_Q4_K, 256, 144, K_INPUT, 4, {{0, 2, 2, 0, 0, 144}, {2, 2, 2, 2, 0, 144}, {4, 12, 1, 4, 0, 144}, {16, 128, 4, 16, 0, 144}}},
+    {K_Q5_K, 256, 176, K_INPUT, 5, {{0, 2, 2, 0, 0, 176}, {2, 2, 2, 2, 0, 176}, {4, 12, 1, 4, 0, 176}, {16, 32, 4, 16, 0, 176},
+                                    {48, 128, 4, 48, 0, 176}}},
+    {K_Q6_K, 256, 210, K_INPUT, 4, {{0, 128, 4, 0, 0, 208}, {128, 64, 4, 128, 0, 208}, {192, 16, 1, 192, 0, 208},
+                                    {208, 2, 2, 208, 208, 2}}},
 };
 
 static const struct panel_layout *layout_of(int type) {
@@ -47,7 +50,7 @@ static void copy_block(const struct panel_layout *layout, int64_t n_blocks, uint
                        uint8_t *block, bool write) {
     for (int i = 0; i < layout->n_fields; i++) {
         const struct panel_field f = layout->fields[i];
-        uint8_t *p = panel + PANEL_ROWS * (n_blocks * f.plane + b * f.plane_size + f.offset - f.plane) + row * f.chunk;
+        uint8_t *p = panel + PANEL_ROWS * (n_blocks * f.plane + b * f.plane_size + f.at - f.plane) + row * f.chunk;
         for (int at = 0; at < f.size; at += f.chunk, p += PANEL_ROWS * f.chunk) {
             if (write) memcpy(p, block + f.offset + at, f.chunk);
             else memcpy(block + f.offset + at, p, f.chunk);
@@ -194,24 +197,29 @@ INLINE __m512i nibbles(__m512i q, int half) {
     return _mm512_and_si512(half ? _mm512_srli_epi16(q, 4) : q, _mm512_set1_epi8(15));
 }
 
-/* Weights are fetched from memory by instructions, ahead of their use: without them a core gets 16 GB/s, with them 22 to 24
- * of the 31 that plain reading does (Zen 4). Blocks of 256 are fetched whole into the second cache level; the first would
- * have dropped some of them again. */
-enum { AHEAD = 6144, BLOCKS_AHEAD = 4096 };
+enum { AHEAD = 4096 };
 
-INLINE void fetch(const uint8_t *p, int size) {
-    for (int at = 0; at < size; at += 64) _mm_prefetch((const char *)p + at, _MM_HINT_T1);
+/* Fetches the i-th of n parts of the block that begins AHEAD bytes from here. Without it a core gets 16 GB/s from memory; with
+ * it 31, as much as plain reading does, for blocks that fit into the first cache level that far ahead (Zen 4). Blocks
+ * of 256 are not worked through in order, and do better with the second: 23 to 25. */
+INLINE void fetch(const uint8_t *block, int size, int i, int n, bool first_level) {
+    const char *p = (const char *)block + AHEAD;
+    const int lines = size / 64;
+    for (int k = lines * i / n; k < lines * (i + 1) / n; k++) {
+        if (first_level) _mm_prefetch(p + k * 64, _MM_HINT_T0);
+        else _mm_prefetch(p + k * 64, _MM_HINT_T1);
+    }
 }
 
 /* Q4_0, Q8_0: adds the products with T inputs to their sums. */
 INLINE void panel_blocks(int type, int64_t n_blocks, const uint8_t *panel, const uint8_t *const *xs, int T, __m512 *sum) {
-    const uint8_t *scales = panel, *q = panel + PANEL_ROWS * 2 * n_blocks;
-    const int n_vectors = type == K_Q4_0 ? 4 : 8;
-    for (int64_t b = 0; b < n_blocks; b++, scales += 32, q += n_vectors * 64) {
+    const int n_vectors = type == K_Q4_0 ? 4 : 8, size = 64 + 2 * n_vectors * 64;
+    for (int64_t b = 0; b < 2 * n_blocks; b++) {
+        const uint8_t *scales = panel + b % 2 * 32, *q = panel + 64 + b % 2 * n_vectors * 64;
         __m512i w[8];
+        if (T == 1) fetch(panel, size, (int)(b % 2), 2, true);
         UNROLL for (int i = 0; i < n_vectors; i++) {
             const __m512i v = bytes(q + i * 64);
-            if (T == 1) _mm_prefetch((const char *)q + i * 64 + BLOCKS_AHEAD, _MM_HINT_T0);
             if (type == K_Q4_0) {
                 w[i] = nibbles(v, 0);
                 w[i + 4] = nibbles(v, 1);
@@ -226,6 +234,7 @@ INLINE void panel_blocks(int type, int64_t n_blocks, const uint8_t *panel, const
             UNROLL for (int i = 0; i < 8; i++) acc = _mm512_dpbusd_epi32(acc, w[i], four_bytes(x + 8 + i * 4));
             sum[t] = _mm512_fmadd_ps(_mm512_mul_ps(d, one_float(x)), _mm512_cvtepi32_ps(acc), sum[t]);
         }
+        if (b % 2 == 1) panel += size;
     }
 }
 
@@ -248,13 +257,13 @@ INLINE void panel_k(int type, int64_t n_blocks, const uint8_t *panel, const uint
     const int high_size = type == K_Q5_K ? 512 : 0, size = 256 + high_size + 2048;
     for (int64_t b = 0; b < n_blocks; b++, panel += size) {
         const uint8_t *d = panel, *dmin = d + 32, *s = dmin + 32, *high = s + 192, *q = high + high_size;
-        if (T == 1) fetch(panel + AHEAD, size);
         __m128i scale[8], minimum[8];
         __m512i total[4], below[4];
         k_scales(s, scale, minimum);
         UNROLL for (int t = 0; t < T; t++) total[t] = below[t] = _mm512_setzero_si512();
         UNROLL for (int g = 0; g < 8; g++) {
             __m512i w[8];
+            if (T == 1) fetch(panel, size, g, 8, false);
             UNROLL for (int i = 0; i < 8; i++) {
                 const uint8_t *at = q + (g / 2 * 8 + i) * 64;
                 w[i] = nibbles(bytes(at), g % 2);
@@ -288,12 +297,12 @@ INLINE void panel_q6_k(int64_t n_blocks, const uint8_t *panel, const uint8_t *co
     const uint8_t *d = panel + 3328 * n_blocks;
     for (int64_t b = 0; b < n_blocks; b++, panel += 3328, d += 32) {
         const uint8_t *low = panel, *high = panel + 2048, *s = panel + 3072;
-        if (T == 1) fetch(panel + AHEAD, 3328);
         __m512i total[4];
         UNROLL for (int t = 0; t < T; t++) total[t] = _mm512_setzero_si512();
         UNROLL for (int g = 0; g < 16; g++) { /* of 16 values each */
             const int quarter = g % 8 / 2, first = g / 8 * 16 + quarter % 2 * 8 + g % 2 * 4;
             __m512i w[4];
+            if (T == 1) fetch(panel, 3328, g, 16, false);
             UNROLL for (int i = 0; i < 4; i++) {
                 const uint8_t *at = low + (first + i) * 64, *top = high + (g / 8 * 8 + g % 2 * 4 + i) * 64;
                 const __m512i h = bytes(top);

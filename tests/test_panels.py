@@ -67,9 +67,9 @@ def test_products(name: str, n_out: int, n_in: int, n_x: int) -> None:
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q8_0"])
 def test_blocks_of_32(name: str) -> None:
-    """Rows need not be a multiple of 256, nor of 64."""
-    packed, weights = matrix(name, 32, 96)
-    xs = np.random.default_rng(1).normal(size=(5, 96)).astype(np.float32)
+    """Rows need not be a multiple of 256."""
+    packed, weights = matrix(name, 32, 192)
+    xs = np.random.default_rng(1).normal(size=(5, 192)).astype(np.float32)
     np.testing.assert_allclose(products(name, packed, xs), rounded(xs, 8) @ weights.T, rtol=1e-4, atol=1e-4)
 
 
@@ -129,5 +129,6 @@ def test_what_cannot_be_kept() -> None:
     assert not lib.pi_panel_has_type(12, 4096 + 32, 96, 1)
     for kind in (0, 1, 30, 39, 3, -1, 1000):
         assert not lib.pi_panel_has_type(kind, 4096, 96, 1)
+    assert not lib.pi_panel_has_type(2, 96, 96, 1)
     assert not lib.pi_panel_has_type(2, 0, 96, 1)
     assert not lib.pi_panel_has_type(2, 4096, 0, 1)
