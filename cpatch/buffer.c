@@ -64,7 +64,8 @@ static int buffer_init_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *
     }
     if (buffer->buft == &c->model->panel_buft) {
         t->extra = (void *)(uintptr_t)&panel_weight; /* never written to */
-        return tensor_panel_size(t) > 0 ? ABI_STATUS_SUCCESS : ABI_STATUS_FAILED;
+        if (tensor_panel_size(t) == 0) return ABI_STATUS_FAILED;
+        return pi_model_add_panels(c->model, t) == 0 ? ABI_STATUS_SUCCESS : ABI_STATUS_ALLOC_FAILED;
     }
     struct pi_weight *w = pi_model_find(c->model, t->name);
     t->extra = w;
@@ -97,9 +98,8 @@ static void buffer_memset_tensor(ggml_backend_buffer_t buffer, struct ggml_tenso
 static void buffer_set_tensor(ggml_backend_buffer_t buffer, struct ggml_tensor *t, const void *data, size_t offset,
                               size_t size) {
     (void)buffer;
-    const enum pi_role role = buffer_weight(t)->role;
-    if (role == PI_ROLE_PLAIN) memcpy((char *)t->data + offset, data, size);
-    if (role == PI_ROLE_PANEL) panel_write(t->type, t->ne[0], t->data, data, offset, size);
+    /* Everything else is a hole of the virtual file: nobody has read what llama.cpp brings (pi_model_read_panels() does). */
+    if (buffer_weight(t)->role == PI_ROLE_PLAIN) memcpy((char *)t->data + offset, data, size);
 }
 
 /* Where rebuilt rows go, and from which layer they come. */

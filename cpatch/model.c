@@ -8,6 +8,7 @@
 #include "slab.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <omp.h>
 #include <stdlib.h>
 #include <string.h>
@@ -42,6 +43,7 @@ void pi_model_unref(struct pi_model *model) {
     }
     for (int i = 0; i < model->n_slabs; i++) slab_free(&model->slabs[i]);
     free(model->slabs);
+    free(model->panels);
     flash_close(model->flash);
     pthread_mutex_destroy(&model->evaluating);
     free(model);
@@ -57,7 +59,7 @@ void *pi_model_buft(struct pi_model *model) {
 }
 
 void *pi_model_panel_buft(struct pi_model *model) {
-    return panel_available() ? &model->panel_buft : NULL;
+    return &model->panel_buft;
 }
 
 void pi_model_set_dense(struct pi_model *model, bool dense) {
@@ -403,6 +405,76 @@ static int layer_read(struct pi_layer *layer, int fd, int n_threads, char *err, 
         snprintf(err, err_len, "layer %d: reading bundles at offset %lld failed: %s", layer->spec.index,
                  (long long)failed_at, failed == EIO ? "the file ended early or the device failed" : strerror(failed));
         return -1;
+    }
+    return 0;
+}
+
+int pi_model_add_panels(struct pi_model *model, const struct ggml_tensor *tensor) {
+    if (model->n_panels == model->panels_room) {
+        const int room = model->panels_room == 0 ? 64 : 2 * model->panels_room;
+        struct pi_panel_tensor *panels = realloc(model->panels, (size_t)room * sizeof *panels);
+        if (panels == NULL) return -1;
+        model->panels = panels;
+        model->panels_room = room;
+    }
+    struct pi_panel_tensor *panel = &model->panels[model->n_panels++];
+    *panel = (struct pi_panel_tensor){
+        .type = tensor->type, .n_in = tensor->ne[0], .data = tensor->data, .size = ggml.ggml_nbytes(tensor)};
+    memcpy(panel->name, tensor->name, sizeof panel->name);
+    return 0;
+}
+
+static const struct pi_panel_tensor *find_panel(const struct pi_model *model, const char *name) {
+    for (int i = 0; i < model->n_panels; i++) {
+        if (strcmp(model->panels[i].name, name) == 0) return &model->panels[i];
+    }
+    return NULL;
+}
+
+enum { PANEL_CHUNK = 1 << 20 };
+
+/* Through one buffer per thread: a budget may have no room for the matrix twice. 0 or an errno, with the position. */
+static int panel_fill(const struct pi_panel_tensor *panel, int fd, int64_t offset, bool drop, int n_threads, int64_t *where) {
+    const int64_t n_chunks = (int64_t)((panel->size + PANEL_CHUNK - 1) / PANEL_CHUNK);
+    int failed = 0;
+#pragma omp parallel num_threads(n_threads)
+    {
+        uint8_t *chunk = malloc(PANEL_CHUNK);
+#pragma omp for schedule(dynamic)
+        for (int64_t c = 0; c < n_chunks; c++) {
+            const size_t begin = (size_t)c * PANEL_CHUNK;
+            const size_t size = panel->size - begin < PANEL_CHUNK ? panel->size - begin : PANEL_CHUNK;
+            const int code = chunk == NULL ? ENOMEM : io_read_now(fd, chunk, size, offset + (int64_t)begin);
+            if (drop) (void)posix_fadvise(fd, (off_t)(offset + (int64_t)begin), (off_t)size, POSIX_FADV_DONTNEED);
+            if (code == 0) panel_write(panel->type, panel->n_in, panel->data, chunk, begin, size);
+            if (code != 0) {
+#pragma omp critical
+                {
+                    failed = code;
+                    *where = offset + (int64_t)begin;
+                }
+            }
+        }
+        free(chunk);
+    }
+    return failed;
+}
+
+int pi_model_read_panels(struct pi_model *model, const int *fds, int n_files, int n, const struct pi_panel_source *sources,
+                         bool drop, int n_threads, char *err, size_t err_len) {
+    for (int i = 0; i < n; i++) {
+        const struct pi_panel_source *s = &sources[i];
+        const struct pi_panel_tensor *panel = find_panel(model, s->name);
+        if (panel == NULL) continue; /* not every loading allocates tensors */
+        int64_t where = s->offset;
+        const int code = s->file < 0 || s->file >= n_files || s->offset < 0 || n_threads < 1
+                             ? EINVAL
+                             : panel_fill(panel, fds[s->file], s->offset, drop, n_threads, &where);
+        if (code != 0) {
+            snprintf(err, err_len, "reading %s at offset %lld failed: %s", s->name, (long long)where,
+                     code == EIO ? "the file ended early or the device failed" : strerror(code));
+            return -1;
+        }
     }
     return 0;
 }

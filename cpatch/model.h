@@ -67,6 +67,15 @@ struct pi_layer {
     struct pi_counters counters[2];
 };
 
+/* A tensor that llama.cpp has put into a buffer of panels, to be filled by pi_model_read_panels(). */
+struct pi_panel_tensor {
+    char name[ABI_MAX_NAME];
+    int type;
+    int64_t n_in;
+    uint8_t *data;
+    size_t size; /* in ggml's layout */
+};
+
 struct pi_model {
     struct ggml_backend_buffer_type buft, panel_buft;
     atomic_int refs;
@@ -79,6 +88,8 @@ struct pi_model {
     pthread_mutex_t evaluating; /* held while a layer with a store is evaluated: its rounds are for one at a time */
     int n_slabs;
     struct pi_slab *slabs;
+    int n_panels, panels_room; /* appended to while llama.cpp loads, by one thread */
+    struct pi_panel_tensor *panels;
     int n_layers;
     struct pi_layer layers[];
 };
@@ -107,6 +118,9 @@ static inline bool pi_activates(const struct pi_layer *layer) {
 
 void pi_model_ref(struct pi_model *model);
 void pi_model_unref(struct pi_model *model);
+
+/* Notes a tensor of panels. -1: out of memory. */
+int pi_model_add_panels(struct pi_model *model, const struct ggml_tensor *tensor);
 
 /* Finds the layer and role that a tensor of llama.cpp's stands for, by name; NULL when it is none of ours. */
 struct pi_weight *pi_model_find(struct pi_model *model, const char *tensor_name);

@@ -127,6 +127,18 @@ struct pi_model *pi_model_open(const int *fds, int n_files, int n_layers, const 
  * failed reads or lack of memory. */
 int pi_model_read(struct pi_model *model, int fd, int n_threads, char *err, size_t err_len);
 
+/* Where the bytes of a matrix are that is kept in panels: name as llama.cpp knows it, which file, where in it. */
+struct pi_panel_source {
+    const char *name;
+    int file;
+    int64_t offset;
+};
+
+/* Fills the panels that llama.cpp has allocated by now, piece by piece: at no time is a matrix in memory twice. drop: read
+ * bytes leave the page cache. -1 on failed reads. */
+int pi_model_read_panels(struct pi_model *model, const int *fds, int n_files, int n, const struct pi_panel_source *sources,
+                         bool drop, int n_threads, char *err, size_t err_len);
+
 /* The first read that failed since the last call: 0, or its errno (ESTALE: the file has changed), with the position. */
 int pi_model_error(struct pi_model *model, int *file, int64_t *offset);
 /* enum io_engine: what it reads with; 0 when nothing is streamed. */
@@ -139,7 +151,8 @@ void pi_model_close(struct pi_model *model); /* drops the opener's reference */
 void *pi_model_buft(struct pi_model *model);
 
 /* The one to name for matrices that are kept in memory as panels and multiplied by our own kernels (panels.h): of the types
- * that pi_panel_has_type() knows, used by MUL_MAT and MUL_MAT_ID alone. NULL where stock's kernels serve better. */
+ * that pi_panel_has_type() knows, used by MUL_MAT, MUL_MAT_ID and GET_ROWS alone. Their bytes
+ * are read afterwards, by pi_model_read_panels(). */
 void *pi_model_panel_buft(struct pi_model *model);
 
 /* Can a matrix of n_out rows (of each of n_expert experts, else 1) of n_in values be kept as panels? */

@@ -283,7 +283,9 @@ def _load(files: ModelFiles, placement: Placement, params: Any, options: Options
     check(model != ffi.NULL)
     model = ffi.gc(model, lib.pi_model_close)
     lib.pi_model_set_dense(model, options.mode == "dense")
-    header, extents = virtual_header(files, [matrix.source.name for matrix in placement.matrices])
+    panels = _panels(ffi, lib, files, placement, params)
+    holes = [matrix.source.name for matrix in placement.matrices] + [source.name for source in panels]
+    header, extents = virtual_header(files, holes)
     virtual = lib.pi_vgguf_open(
         files.fds,
         len(files.fds),
@@ -301,10 +303,12 @@ def _load(files: ModelFiles, placement: Placement, params: Any, options: Options
     with ThreadPoolExecutor(max_workers=1) as beside:
         threads = max(1, len(os.sched_getaffinity(0)) - 1)
         reading = beside.submit(lib.pi_model_read, model, files.fds[0], threads, message, _ERROR_SIZE)
-        pointer = _load_stream(ffi, lib, virtual, files, model, placement, params)
+        pointer = _load_stream(ffi, lib, virtual, [source.name for source in panels], model, placement, params)
     try:
-        files.check_unchanged()
         check(reading.result() == 0)
+        if pointer is not None:
+            check(_read_panels(ffi, lib, files, model, panels, placement.budget is not None, message) == 0)
+        files.check_unchanged()
     except BaseException:
         if pointer is not None:
             bindings.llama_model_free(pointer)
@@ -429,8 +433,30 @@ def panel_names(tensors: list[Source]) -> list[str]:
     return sorted(name for name in names if name == head or _PRODUCTS.fullmatch(name))
 
 
+def _panels(ffi: Any, lib: Any, files: ModelFiles, placement: Placement, params: Any) -> list[Source]:
+    """The tensors that are to be kept in panels, if any are."""
+    if not lib.pi_panel_available() or not params.use_extra_bufts:
+        return []
+    taken = {matrix.source.name for matrix in placement.matrices}
+    names = set(panel_names(files.tensors())) - taken
+    return [source for source in files.tensors() if source.name in names and source.file >= 0]
+
+
+def _read_panels(
+    ffi: Any, lib: Any, files: ModelFiles, model: Any, panels: list[Source], drop: bool, message: Any
+) -> int:
+    sources = ffi.new("struct pi_panel_source[]", len(panels) + 1)
+    names = [ffi.new("char[]", source.name.encode()) for source in panels]
+    for to, name, source in zip(sources, names, panels, strict=False):
+        to.name, to.file, to.offset = name, source.file, source.offset
+    threads = len(os.sched_getaffinity(0))
+    return lib.pi_model_read_panels(
+        model, files.fds, len(files.fds), len(panels), sources, drop, threads, message, _ERROR_SIZE
+    )
+
+
 def _load_stream(
-    ffi: Any, lib: Any, virtual: Any, files: ModelFiles, model: Any, placement: Placement, params: Any
+    ffi: Any, lib: Any, virtual: Any, panels: list[str], model: Any, placement: Placement, params: Any
 ) -> int | None:
     """Have stock llama.cpp load the virtual file; None when it refuses. `params` is left as it was given."""
     ours = type(params).from_buffer_copy(params)
@@ -438,11 +464,9 @@ def _load_stream(
     ours.check_tensors = False  # would look at the bytes of holes
     names = [name for bundles in placement.bundles for name in _bundled_names(bundles.layer) if name is not None]
     names += [matrix.source.name for matrix in placement.matrices]
-    panels = lib.pi_model_panel_buft(model) if params.use_extra_bufts else ffi.NULL
-    kept = [name for name in panel_names(files.tensors()) if name not in names]
     overrides = (_BufferTypeOverride * 3)()  # the last one is empty
     used = 0
-    for chosen, buffer_type in ((names, lib.pi_model_buft(model)), (kept if panels != ffi.NULL else [], panels)):
+    for chosen, buffer_type in ((names, lib.pi_model_buft(model)), (panels, lib.pi_model_panel_buft(model))):
         if chosen:
             overrides[used].pattern = rf"^({'|'.join(map(re.escape, chosen))})$".encode()
             overrides[used].buffer_type = int(ffi.cast("uintptr_t", buffer_type))
