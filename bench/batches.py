@@ -100,7 +100,8 @@ def main() -> None:
         table.append(line | ({"ratio": round(best["sparse"][n] / best["stock"][n], 3)} if "stock" in best else {}))
     if options.json:
         command = "python -m bench.batches " + " ".join(sys.argv[1:])
-        print(json.dumps({"command": command, "machine": machine(), "batches": table}, indent=1))
+        day = time.strftime("%Y-%m-%d")
+        print(json.dumps({"command": command, "time": day, "machine": machine(), "batches": table}, indent=1))
         return
     for line in table:
         print("  ".join(f"{name} {value}" for name, value in line.items()))
