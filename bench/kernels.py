@@ -5,6 +5,8 @@ list of them, each thread over its part. Before and after each pass the same thr
 one end to the other, so that a machine whose bandwidth changes from minute to minute is compared with itself; the
 faster of the two counts. Reported are the medians over the passes; ``fraction`` is the median of the quotients.
 
+Whole matrices (``panels``, cpatch/panels.h) are read from one end to the other, 128 MiB in a pass.
+
 Columns of integers (I8) count the rows of scales they touch, once per pass.
 """
 
@@ -83,6 +85,26 @@ def measure(
     return median(rates), median(memory), median(quotients), round(sum(counts) / passes)
 
 
+def measure_panels(
+    buffer: Buffer, name: str, threads: int, n: int, passes: int
+) -> tuple[float, float, float, int] | None:
+    """The same for products with a matrix in panels; None for a type or instructions without."""
+    _, lib = native()
+    kind = gguf.GGMLQuantizationType[name]
+    row = n * 4 if name in ("F32", "I8") else quant_shape_to_byte_shape((n,), kind)[0]
+    rows = 128 * MIB // row // 16 * 16
+    if lib.pi_panel_seconds(kind, n, rows, buffer.pointer, threads) < 0:
+        return None
+    rates, memory, quotients = [], [], []
+    for i in range(passes):
+        at = i % (buffer.memory.nbytes // (128 * MIB) - 1) * 128 * MIB
+        before = buffer.read_rate(threads)
+        rates.append(rows * row / lib.pi_panel_seconds(kind, n, rows, buffer.pointer + at, threads))
+        memory.append(max(before, buffer.read_rate(threads)))
+        quotients.append(rates[-1] / memory[-1])
+    return median(rates), median(memory), median(quotients), rows
+
+
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record for each combination that this machine has."""
     ffi, lib = native()
@@ -93,12 +115,16 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             if lib.pi_kernel_force(level.encode()) != 0:
                 continue
             for name in options.type:
-                for op in OPS[name == "I8" :]:
+                for op in (*OPS[name == "I8" :], "panels"):
                     for threads in options.threads:
-                        for density in options.density:
-                            rate, memory, fraction, rows = measure(
-                                buffer, rng, name, op, density, threads, options.n, options.passes
-                            )
+                        for density in options.density if op != "panels" else (1.0,):
+                            if op == "panels":
+                                found = measure_panels(buffer, name, threads, options.n, options.passes)
+                            else:
+                                found = measure(buffer, rng, name, op, density, threads, options.n, options.passes)
+                            if found is None:
+                                continue
+                            rate, memory, fraction, rows = found
                             yield {
                                 "type": name.lower(),
                                 "isa": level,
