@@ -435,15 +435,17 @@ enum { PANEL_CHUNK = 1 << 20 };
 
 /* Through one buffer per thread: a budget may have no room for the matrix twice. 0 or an errno, with the position. */
 static int panel_fill(const struct pi_panel_tensor *panel, int fd, int64_t offset, bool drop, int n_threads, int64_t *where) {
-    const int64_t n_chunks = (int64_t)((panel->size + PANEL_CHUNK - 1) / PANEL_CHUNK);
+    const size_t row = abi_row_size(panel->type, panel->n_in);
+    const size_t step = row < PANEL_CHUNK ? PANEL_CHUNK / row * row : row; /* threads may not share a block */
+    const int64_t n_chunks = (int64_t)((panel->size + step - 1) / step);
     int failed = 0;
 #pragma omp parallel num_threads(n_threads)
     {
-        uint8_t *chunk = malloc(PANEL_CHUNK);
+        uint8_t *chunk = malloc(step);
 #pragma omp for schedule(dynamic)
         for (int64_t c = 0; c < n_chunks; c++) {
-            const size_t begin = (size_t)c * PANEL_CHUNK;
-            const size_t size = panel->size - begin < PANEL_CHUNK ? panel->size - begin : PANEL_CHUNK;
+            const size_t begin = (size_t)c * step;
+            const size_t size = panel->size - begin < step ? panel->size - begin : step;
             const int code = chunk == NULL ? ENOMEM : io_read_now(fd, chunk, size, offset + (int64_t)begin);
             if (drop) (void)posix_fadvise(fd, (off_t)(offset + (int64_t)begin), (off_t)size, POSIX_FADV_DONTNEED);
             if (code == 0) panel_write(panel->type, panel->n_in, panel->data, chunk, begin, size);

@@ -28,7 +28,7 @@ bool panel_available(void);
 size_t panel_size(int type, int64_t n_in, int64_t n_out, int64_t n_expert);
 
 /* Copies bytes [offset, offset + size) of the matrix, rows of n_in values one after the other, to where they belong in
- * `panels`; and back. */
+ * `panels`; and back. Threads may write side by side, but not parts of the same block. */
 void panel_write(int type, int64_t n_in, uint8_t *panels, const uint8_t *data, size_t offset, size_t size);
 void panel_read(int type, int64_t n_in, const uint8_t *panels, uint8_t *data, size_t offset, size_t size);
 

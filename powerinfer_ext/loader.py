@@ -43,6 +43,7 @@ _COUNTERS = (
     *("verified", "true_fired", "missed"),
 )  # of struct pi_layer_stats
 _PRODUCTS = re.compile(r"blk\.[0-9]+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_exps|_shexp)?)\.weight")
+_Q4_0 = 2  # ggml's number
 _ERROR_SIZE = 512
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -419,14 +420,20 @@ def _bundled_names(layer: SparseLayer) -> tuple[str | None, str | None, str]:
     return gate, layer.up_name if layer.up_type is not None else None, layer.down_name
 
 
-def panel_names(tensors: list[Source]) -> list[str]:
-    """The tensors that cpatch/panels.c can multiply with: those that all architectures use in products and, if it is
-    the head too, in look-ups, and nowhere else."""
+def panel_names(tensors: list[Source], sparse: bool) -> list[str]:
+    """The tensors that cpatch/panels.c is to multiply with: those that all architectures use in products and, if it is
+    the head too, in look-ups, and nowhere else.
+
+    sparse: is it a sparse-GGUF? Whether a model is streamed must not change a bit of its answers. Panels' products are
+    those of stock, bit for bit, in Q4_0 alone; of other types only what is never streamed may be in panels, and
+    nothing of a stock GGUF, which stock itself runs when it fits.
+    """
     _, lib = native()
 
     def fits(tensor: Source) -> bool:
         n_in, n_out, n_expert = (*tensor.shape, 1, 1, 1)[:3]
-        return lib.pi_panel_has_type(tensor.type, n_in, n_out, n_expert)
+        as_stock = tensor.type == _Q4_0 or (sparse and ".ffn_" not in tensor.name)
+        return as_stock and lib.pi_panel_has_type(tensor.type, n_in, n_out, n_expert)
 
     names = {tensor.name for tensor in tensors if fits(tensor)}
     head = "output.weight" if any(tensor.name == "output.weight" for tensor in tensors) else "token_embd.weight"
@@ -438,7 +445,7 @@ def _panels(ffi: Any, lib: Any, files: ModelFiles, placement: Placement, params:
     if not lib.pi_panel_available() or not params.use_extra_bufts:
         return []
     taken = {matrix.source.name for matrix in placement.matrices}
-    names = set(panel_names(files.tensors())) - taken
+    names = set(panel_names(files.tensors(), files.sparse is not None)) - taken
     return [source for source in files.tensors() if source.name in names and source.file >= 0]
 
 

@@ -497,7 +497,7 @@ def predict(model: Model, placement: Placement, speeds: Speeds) -> Row:
     ours = {matrix.source.name for matrix in placement.matrices if matrix.kind in ("experts", "tiles")}
     tied = all(source.name != "output.weight" for source in model.sources)
     loaded_by_us = model.files.sparse is not None or placement.streams
-    panels = set(panel_names(model.sources)) if loaded_by_us else set()
+    panels = set(panel_names(model.sources, model.files.sparse is not None)) if loaded_by_us else set()
     for source in model.sources:
         looked_up = source.name == "token_embd.weight" and not tied
         if source.name in ours or source.file < 0 or looked_up:

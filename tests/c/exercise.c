@@ -195,7 +195,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < 5; i++) {
         panel_round(panels[i], 512, 16, 1);
         panel_round(panels[i], 1280, 37, 5);
-        panel_round(panels[i], i < 2 ? 96 : 256, 1, 17);
+        panel_round(panels[i], i < 2 ? 192 : 256, 1, 17);
     }
     fuzz_specs(500);
     fuzz_streams(300);
