@@ -424,8 +424,8 @@ def panel_names(tensors: list[Source], sparse: bool) -> list[str]:
     """The tensors that cpatch/panels.c is to multiply with: those that all architectures use in products and, if it is
     the head too, in look-ups, and nowhere else.
 
-    sparse: is it a sparse-GGUF? Whether a model is streamed should not change a bit of its answers. Panels' products are
-    those of stock, bit for bit, in Q4_0 alone; of other types only what is never streamed may be in panels, and
+    sparse: is it a sparse-GGUF? Whether a model is streamed should not change a bit of its answers. Panels' products
+    are those of stock, bit for bit, in Q4_0 alone; of other types only what is never streamed may be in panels, and
     nothing of a stock GGUF, which stock itself runs when it fits.
     """
     _, lib = native()
