@@ -284,7 +284,7 @@ def _load(files: ModelFiles, placement: Placement, params: Any, options: Options
     check(model != ffi.NULL)
     model = ffi.gc(model, lib.pi_model_close)
     lib.pi_model_set_dense(model, options.mode == "dense")
-    panels = _panels(ffi, lib, files, placement, params)
+    panels = _panels(lib, files, placement, params)
     holes = [matrix.source.name for matrix in placement.matrices] + [source.name for source in panels]
     header, extents = virtual_header(files, holes)
     virtual = lib.pi_vgguf_open(
@@ -440,7 +440,7 @@ def panel_names(tensors: list[Source], sparse: bool) -> list[str]:
     return sorted(name for name in names if name == head or _PRODUCTS.fullmatch(name))
 
 
-def _panels(ffi: Any, lib: Any, files: ModelFiles, placement: Placement, params: Any) -> list[Source]:
+def _panels(lib: Any, files: ModelFiles, placement: Placement, params: Any) -> list[Source]:
     """The tensors that are to be kept in panels, if any are."""
     if not lib.pi_panel_available() or not params.use_extra_bufts:
         return []

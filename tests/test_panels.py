@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf.quants import dequantize
-from tiny_models import quantise
+from tiny_models import quantise, rounded
 
 from powerinfer_ext.loader import native
 
@@ -21,16 +21,6 @@ def matrix(name: str, n_out: int, n_in: int, seed: int = 0) -> tuple[np.ndarray,
     values = np.random.default_rng(seed).normal(size=(n_out, n_in)).astype(np.float32)
     packed = quantise(values, name)
     return packed, dequantize(packed, gguf.GGMLQuantizationType(TYPES[name])).astype(np.float64)
-
-
-def rounded(xs: np.ndarray, kind: int) -> np.ndarray:
-    """Rows as ggml rounds the inputs of dot products, as float64."""
-    ffi, lib = native()
-    back, packed = np.zeros_like(xs), np.zeros(xs.shape[1] * 4 + 512, np.uint8)
-    for row, to in zip(np.ascontiguousarray(xs), back, strict=True):
-        lib.pi_kernel_round_input(kind, row.size, ffi.from_buffer("float[]", row), ffi.from_buffer(packed))
-        lib.pi_kernel_dequantize(kind, row.size, ffi.from_buffer(packed), ffi.from_buffer("float[]", to))
-    return back.astype(np.float64)
 
 
 def products(name: str, packed: np.ndarray, xs: np.ndarray, threads: int = 2) -> np.ndarray:

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf.quants import dequantize
-from tiny_models import quantise
+from tiny_models import quantise, rounded
 
 from powerinfer_ext.loader import native
 from powerinfer_ext.machine import parse_cpuinfo
@@ -37,17 +37,6 @@ def tiles(with_vnni: None) -> Iterator[Any]:
     lib.pi_tiles_force(ALWAYS, -1)
     yield lib.pi_tiles_force
     lib.pi_tiles_force(DEFAULT, -1)
-
-
-def rounded(values: np.ndarray, kind: int) -> np.ndarray:
-    """Rows as ggml rounds the inputs of dot products, as float64."""
-    ffi, lib = native()
-    values = np.ascontiguousarray(values, np.float32)
-    back, packed = np.zeros_like(values), np.zeros(values.shape[1] * 4 + 512, np.uint8)
-    for row, to in zip(values, back, strict=True):
-        lib.pi_kernel_round_input(kind, row.size, ffi.from_buffer("float[]", row), ffi.from_buffer(packed))
-        lib.pi_kernel_dequantize(kind, row.size, ffi.from_buffer(packed), ffi.from_buffer("float[]", to))
-    return back.astype(np.float64)
 
 
 @dataclass

@@ -25,6 +25,8 @@ import numpy as np
 from gguf.quants import quant_shape_to_byte_shape
 from scipy.stats import norm as normal
 
+from powerinfer_ext.loader import native as native_library
+
 ARCHITECTURES = ("llama", "arcee", "nemotron", "smallthinker", "qwen3moe", "nemotron_h", "nemotron_h_moe")
 QUANTS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q5_K", "Q6_K")
 
@@ -417,6 +419,17 @@ def quantise(values: np.ndarray, quant: str) -> np.ndarray:
     if size != out.nbytes:
         raise RuntimeError(f"ggml wrote {size} bytes of {quant}, expected {out.nbytes}")
     return out
+
+
+def rounded(values: np.ndarray, kind: int) -> np.ndarray:
+    """Rows as ggml rounds the inputs of dot products, as float64."""
+    ffi, lib = native_library()
+    values = np.ascontiguousarray(values, np.float32)
+    back, packed = np.zeros_like(values), np.zeros(values.shape[1] * 4 + 512, np.uint8)
+    for row, to in zip(values, back, strict=True):
+        lib.pi_kernel_round_input(kind, row.size, ffi.from_buffer("float[]", row), ffi.from_buffer(packed))
+        lib.pi_kernel_dequantize(kind, row.size, ffi.from_buffer(packed), ffi.from_buffer("float[]", to))
+    return back.astype(np.float64)
 
 
 @cache
