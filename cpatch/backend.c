@@ -248,6 +248,8 @@ static int compute_dense(struct backend_context *c, struct ggml_tensor *node, co
 /* A product with a matrix that is kept in panels. In a mixture, rows with the same expert are computed together. */
 static int compute_panels(struct backend_context *c, struct ggml_tensor *node) {
     const struct ggml_tensor *w = node->src[0], *x = node->src[1];
+    struct flash *flash = buffer_model(w)->flash;
+    if (flash != NULL) (void)flash_progress(flash); /* what is read ahead for a layer's FFN arrives meanwhile */
     const int64_t n_experts = w->ne[2], n_x = x->ne[1] * x->ne[2];
     const size_t n_rows = (size_t)(node->ne[1] * node->ne[2]);
     const size_t inputs_size = (panel_inputs_size(w->type, w->ne[0], (int)n_x) + 63) & ~(size_t)63;

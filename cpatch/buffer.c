@@ -23,6 +23,10 @@ const struct pi_weight *buffer_weight(const struct ggml_tensor *tensor) {
     return tensor->extra != NULL ? tensor->extra : &plain_weight;
 }
 
+struct pi_model *buffer_model(const struct ggml_tensor *tensor) {
+    return ((struct buffer_context *)tensor->buffer->context)->model;
+}
+
 static void buffer_free(ggml_backend_buffer_t buffer) {
     struct buffer_context *c = buffer->context;
     munmap(c->base, c->size);

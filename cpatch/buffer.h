@@ -15,4 +15,7 @@ bool buffer_is_ours(ggml_backend_buffer_t buffer); /* NULL: no */
 /* What a tensor in a buffer of ours stands for; never NULL. */
 const struct pi_weight *buffer_weight(const struct ggml_tensor *tensor);
 
+/* The model that a tensor in a buffer of ours belongs to. */
+struct pi_model *buffer_model(const struct ggml_tensor *tensor);
+
 #endif

@@ -82,6 +82,11 @@ struct work {
     int32_t *units;       /* the same as a list */
     int64_t n_units;
     bool one_wave;        /* everything wanted is in memory at once */
+    const struct pi_layer *next; /* whose neurons are read ahead; NULL: none are */
+    float *next_z;        /* [rank of next] its predictor's hidden layer for this layer's input, */
+    uint8_t *next_zq;     /* [threads][next_zq_size] and rounded */
+    size_t next_zq_size;
+    bool ahead;           /* reading ahead pays now */
     int64_t lo, hi, end;  /* the wave: units from lo to hi - 1; where it ends in the list */
     atomic_int failed;
 };
@@ -164,20 +169,25 @@ static const void *input_of(const struct work *w, const struct ffn_row *row, int
     return w->inputs[which] + (size_t)row->input * w->input_size[which];
 }
 
-/* The predictor's hidden layer: z = relu(A x), or A x, the thread's share of it for every row of the set. */
-static void predict_hidden(struct work *w, int thread) {
-    const struct pi_layer_spec *spec = &w->layer->spec;
+/* A thread's share of a predictor's hidden layer for one x, rounded as pred_a takes it: z = relu(A x), or A x. */
+static void hidden(const struct pi_layer *layer, const void *x, int thread, int n_threads, float *z) {
+    const struct pi_layer_spec *spec = &layer->spec;
     const size_t row = abi_row_size(spec->pred_a_type, spec->n_embd);
-    const int64_t begin = spec->rank * thread / w->n_threads, end = spec->rank * (thread + 1) / w->n_threads;
+    const int64_t begin = spec->rank * thread / n_threads, end = spec->rank * (thread + 1) / n_threads;
     for (int64_t i = begin; i < end; i += BATCH) {
         const uint8_t *rows[BATCH];
         const int n = (int)(end - i < BATCH ? end - i : BATCH);
-        for (int k = 0; k < n; k++) rows[k] = w->layer->pred_a + (size_t)(i + k) * row;
-        for (int r = 0; r < w->n_rows; r++) {
-            float *z = w->z + r * spec->rank + i;
-            kernel_dots(spec->pred_a_type, spec->n_embd, rows, n, input_of(w, &w->blocks[0].rows[r], w->pred_input), z);
-            for (int k = 0; k < n && spec->predictor == PI_PREDICT_LOWRANK; k++) z[k] = relu(z[k]);
-        }
+        for (int k = 0; k < n; k++) rows[k] = layer->pred_a + (size_t)(i + k) * row;
+        kernel_dots(spec->pred_a_type, spec->n_embd, rows, n, x, z + i);
+        for (int k = 0; k < n && spec->predictor == PI_PREDICT_LOWRANK; k++) z[i + k] = relu(z[i + k]);
+    }
+}
+
+/* The same for every row of the set. */
+static void predict_hidden(struct work *w, int thread) {
+    for (int r = 0; r < w->n_rows; r++) {
+        hidden(w->layer, input_of(w, &w->blocks[0].rows[r], w->pred_input), thread, w->n_threads,
+               w->z + r * w->layer->spec.rank);
     }
 }
 
@@ -458,6 +468,7 @@ static void begin_wave(struct work *w, int64_t from) {
     const int64_t room = store_room(w->store);
     int64_t end = wave_end(w, from, room), got = from;
     w->one_wave = from == 0 && end == w->n_units;
+    w->ahead = w->one_wave && w->next != NULL && store_pays(w->next->store);
     if (!w->one_wave) end = wave_end(w, from, room > 1 ? room / 2 : 1); /* the other half is for reading ahead */
     store_begin(w->store);
     while (got < end && !failed(w)) {
@@ -478,6 +489,49 @@ static void begin_wave(struct work *w, int64_t from) {
         (void)store_want(w->store, w->units + end, (int)(next - end), true);
         store_flush(w->store);
     }
+}
+
+/* ---- reading ahead --------------------------------------------------------------------------------------------- */
+
+/* The layer whose neurons are worth reading ahead while this one's are computed: the next, if it is streamed and a
+ * predictor says early what it wants. The input of one layer's FFN is nearly that of the next's (Deja Vu, arXiv
+ * 2310.17157, 4.2). Of many rows nearly everything is wanted anyway. */
+static const struct pi_layer *layer_to_read_ahead(const struct work *w, int n_rows) {
+    const struct pi_model *model = w->layer->model;
+    const struct pi_layer *next = w->layer + 1;
+    if (!model->ahead || w->store == NULL || !w->predicts || w->all || n_rows > 1) return NULL;
+    if (next == model->layers + model->n_layers || next->store == NULL || !pi_has_hidden(next->spec.predictor)) return NULL;
+    const bool same_input = pi_has_hidden(w->layer->spec.predictor) && next->spec.n_embd == w->layer->spec.n_embd &&
+                            kernel_input_type(next->spec.pred_a_type) == w->input_type[w->pred_input];
+    return same_input ? next : NULL;
+}
+
+/* All threads. Wants, ahead of time, what the next layer's predictor selects for this layer's input. */
+static void read_ahead(struct work *w, int thread) {
+    const struct pi_layer *next = w->next;
+    const struct pi_layer_spec *spec = &next->spec;
+    const size_t row = abi_row_size(spec->pred_b_type, spec->rank);
+    uint8_t *zq = w->next_zq + (size_t)thread * w->next_zq_size;
+    hidden(next, input_of(w, &w->blocks[0].rows[0], w->pred_input), thread, w->n_threads, w->next_z);
+#pragma omp barrier
+    kernel_round_input(kernel_input_type(spec->pred_b_type), spec->rank, w->next_z, zq);
+    for (int64_t tile = (int64_t)TILE * thread; tile < spec->n_ff; tile += (int64_t)TILE * w->n_threads) {
+        int32_t units[TILE];
+        const uint8_t *rows[TILE];
+        float scores[TILE];
+        int n = 0, wanted = 0;
+        for (int64_t j = tile; j < tile + TILE && j < spec->n_ff; j++) {
+            if (store_has(next->store, (uint32_t)j)) continue;
+            rows[n] = next->pred_b + (size_t)j * row;
+            units[n++] = (int32_t)j;
+        }
+        kernel_dots(spec->pred_b_type, spec->rank, rows, n, zq, scores);
+        for (int k = 0; k < n; k++) {
+            if (scores[k] + next->pred_bias[units[k]] > 0.0f) units[wanted++] = units[k];
+        }
+        if (wanted > 0) (void)store_want(next->store, units, wanted, true);
+    }
+    store_flush(next->store);
 }
 
 /* ---- tiles ----------------------------------------------------------------------------------------------------- */
@@ -553,6 +607,7 @@ static void run_waves(enum pass pass, struct work *w, int thread, struct tally *
 #pragma omp barrier
             if (thread == 0) begin_wave(w, from);
 #pragma omp barrier
+            if (w->ahead && from == 0) read_ahead(w, thread);
         }
         if (w->n_tiles > 0) run_tiles(pass, w, thread, tally);
         if (pass == PASS_BOTH && streams) { /* up runs ahead of what is missing; a thread's neurons are its own */
@@ -745,6 +800,12 @@ static size_t lay_out(struct work *w, struct outputs *outputs, int n_rows, uint8
         w->z = carve(memory, &at, rows * (size_t)spec->rank * sizeof(float));
         w->zq = carve(memory, &at, rows * w->zq_size);
     }
+    if (w->next != NULL) {
+        const int type = kernel_input_type(w->next->spec.pred_b_type);
+        w->next_zq_size = round64(abi_row_size(type, w->next->spec.rank));
+        w->next_z = carve(memory, &at, (size_t)w->next->spec.rank * sizeof(float));
+        w->next_zq = carve(memory, &at, threads * w->next_zq_size);
+    }
     *lists = carve(memory, &at, w->most_blocks * n_ff * sizeof(int32_t));
     *founds = carve(memory, &at, w->most_blocks * threads * sizeof(int32_t));
     *wanted = carve(memory, &at, w->most_blocks * threads * sizeof(int64_t));
@@ -825,6 +886,7 @@ static void start(struct work *w, const struct pi_layer *layer, const struct ffn
     if (spec->up_name != NULL) w->up_input = add_input(w, spec->up_type);
     if (pi_has_hidden(spec->predictor)) w->pred_input = add_input(w, spec->pred_a_type);
     if (spec->predictor == PI_PREDICT_DIRECT) w->pred_input = add_input(w, spec->pred_b_type);
+    w->next = layer_to_read_ahead(w, n_rows);
 }
 
 /* ---- verifying a prediction ----------------------------------------------------------------------------------- */

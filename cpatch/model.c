@@ -481,12 +481,14 @@ int pi_model_read_panels(struct pi_model *model, const int *fds, int n_files, in
     return 0;
 }
 
-static struct flash *open_flash(const int *fds, int n_files, const struct pi_flash_spec *spec, char *err, size_t err_len) {
+static struct flash *open_flash(const int *fds, int n_files, const struct pi_flash_spec *spec, size_t largest, char *err,
+                                size_t err_len) {
     const struct flash_options options = {.engine = (enum io_engine)spec->engine,
                                           .depth = spec->depth,
                                           .gap = spec->gap < 0 ? 0 : (size_t)spec->gap,
                                           .run = spec->run < 0 ? 0 : (size_t)spec->run,
-                                          .transit = spec->transit < 0 ? 0 : (size_t)spec->transit};
+                                          .transit = spec->transit < 0 ? 0 : (size_t)spec->transit,
+                                          .transit_slot = largest};
     if (spec->engine < IO_AUTO || spec->engine > IO_THREADS || spec->depth < 0 || spec->depth > 4096 ||
         spec->run > 64 << 20 || spec->transit > 1 << 30 || spec->policy < STORE_LFU || spec->policy > STORE_LRU) {
         snprintf(err, err_len, "bad settings for reading from flash");
@@ -523,7 +525,11 @@ struct pi_model *pi_model_open(const int *fds, int n_files, int n_layers, const 
     backend_buft_init(&model->panel_buft, model);
     bool ok = true;
     if (flash != NULL) {
-        model->flash = open_flash(fds, n_files, flash, err, err_len);
+        int64_t largest = 0; /* bundle that is streamed */
+        for (int i = 0; i < n_layers; i++) {
+            if (specs[i].n_slots > 0 && specs[i].stride > largest) largest = specs[i].stride;
+        }
+        model->flash = open_flash(fds, n_files, flash, (size_t)largest, err, err_len);
         model->policy = (enum store_policy)flash->policy;
         model->ahead = flash->ahead;
         ok = model->flash != NULL;

@@ -19,7 +19,9 @@ enum {
     MAX_PENDING = 4096,  /* reads queued or in flight */
     MAX_BATCH = 64,      /* reads handed to the io, and completions taken from it, at once */
     DEFAULT_DEPTH = 128,
-    MAX_STAGING = 64,    /* small reads in flight: devices that do single reads at full rate need no more */
+    EARLY = 16,          /* reads that are submitted before all that is wanted has been looked at */
+    STAGING_PAGE = 4096,
+    LONG_READS = 64,     /* reads of several units for which there is staging memory; of shorter ones there is for more */
     SAMPLES = 12,        /* slots that are compared to find one to evict */
     AGE_ROUNDS = 64      /* uses are halved so often: the half-life of the LFU policy, in tokens */
 };
@@ -42,10 +44,12 @@ struct flash {
     int free_pending[MAX_PENDING], n_free_pending;
     int queue[MAX_PENDING], queue_head, queue_size; /* read numbers in order, not submitted yet */
     uint8_t *staging;
-    size_t staging_size; /* of one buffer */
-    int *free_staging, n_free_staging, n_staging;
+    uint8_t *staging_used;       /* [n_staging] */
+    int n_staging, staging_next; /* pages; where to look for free ones */
     uint8_t *transit;
-    struct store *transit_owner; /* whose units are in transit memory; NULL: nobody's */
+    uint32_t n_transit, transit_next; /* its slots; which to look at first for a free one */
+    struct store **transit_owner;     /* [n_transit] whose unit a slot holds, or held last; NULL: nobody's */
+    const struct store *current;      /* the last with transit memory that began a round */
     int error, error_file;
     uint64_t error_offset;
     atomic_bool stale;
@@ -123,15 +127,23 @@ static void *io_memory(size_t size) {
     return aligned;
 }
 
+static size_t round64(size_t size) {
+    return (size + 63) & ~(size_t)63;
+}
+
 static bool flash_memory(struct flash *f) {
     const size_t align = io_align(f->io);
-    f->staging_size = (f->options.run + 2 * align + 4095) & ~(size_t)4095;
-    f->n_staging = f->options.depth < MAX_STAGING ? f->options.depth : MAX_STAGING;
-    f->staging = io_memory(f->staging_size * (size_t)f->n_staging);
-    f->free_staging = calloc((size_t)f->n_staging, sizeof *f->free_staging);
-    if (f->options.transit > 0) f->transit = io_memory(f->options.transit);
-    if (f->staging == NULL || f->free_staging == NULL || (f->options.transit > 0 && f->transit == NULL)) return false;
-    for (int i = 0; i < f->n_staging; i++) f->free_staging[f->n_free_staging++] = i;
+    const size_t most = (f->options.run + 2 * align + STAGING_PAGE - 1) / STAGING_PAGE;
+    f->n_staging = (int)most * (f->options.depth < LONG_READS ? f->options.depth : LONG_READS);
+    f->staging = io_memory((size_t)f->n_staging * STAGING_PAGE);
+    f->staging_used = calloc((size_t)f->n_staging, 1);
+    f->n_transit = f->options.transit_slot > 0 ? (uint32_t)(f->options.transit / f->options.transit_slot) : 0;
+    if (f->n_transit > 0) {
+        f->transit = io_memory(f->options.transit);
+        f->transit_owner = calloc(f->n_transit, sizeof(struct store *));
+        if (f->transit == NULL || f->transit_owner == NULL) return false;
+    }
+    if (f->staging == NULL || f->staging_used == NULL) return false;
     for (int i = 0; i < MAX_PENDING; i++) f->free_pending[f->n_free_pending++] = MAX_PENDING - 1 - i;
     return true;
 }
@@ -145,6 +157,7 @@ struct flash *flash_open(const int *fds, int n_files, const struct flash_options
     f->options = *options;
     if (f->options.depth < 1) f->options.depth = DEFAULT_DEPTH;
     if (f->options.run < 4096) f->options.run = 4096;
+    f->options.transit_slot = round64(f->options.transit_slot);
     atomic_flag_clear(&f->lock);
     atomic_flag_clear(&f->sleeper);
     f->fds = calloc((size_t)n_files, sizeof *f->fds);
@@ -174,12 +187,13 @@ struct flash *flash_open(const int *fds, int n_files, const struct flash_options
 void flash_close(struct flash *f) {
     if (f == NULL) return;
     io_close(f->io);
-    if (f->staging != NULL) munmap(f->staging, f->staging_size * (size_t)f->n_staging);
+    if (f->staging != NULL) munmap(f->staging, (size_t)f->n_staging * STAGING_PAGE);
     if (f->transit != NULL) munmap(f->transit, f->options.transit);
     for (int i = 0; i < f->n_files; i++) close(f->fds[i]);
     free(f->fds);
     free(f->stats);
-    free(f->free_staging);
+    free(f->staging_used);
+    free(f->transit_owner);
     free(f);
 }
 
@@ -196,6 +210,38 @@ static struct io_read read_of(const struct pending *p, int tag, uint8_t *dst) {
                             .tag = (uint64_t)tag};
 }
 
+/* Pages of staging memory that a read takes. */
+static int staging_pages(const struct flash *f, const struct pending *p) {
+    const struct io_read read = read_of(p, 0, NULL);
+    return (int)((io_window(read.offset, read.size, io_align(f->io)) + STAGING_PAGE - 1) / STAGING_PAGE);
+}
+
+/* Takes staging memory for a read; false: there is none. Reads end about in the order in which they began, so the place
+ * behind the last is the one to look at first. */
+static bool take_staging(struct flash *f, struct pending *p) {
+    const int n = staging_pages(f, p);
+    int at = f->staging_next + n <= f->n_staging ? f->staging_next : 0, free = 0;
+    for (int looked = 0; looked < f->n_staging + n; looked++) {
+        if (at + free == f->n_staging) at = free = 0;
+        if (f->staging_used[at + free]) at += free + 1, free = 0;
+        else if (++free == n) break;
+    }
+    if (free < n) return false;
+    memset(f->staging_used + at, 1, (size_t)n);
+    f->staging_next = at + n;
+    p->staging = at;
+    return true;
+}
+
+static void free_staging(struct flash *f, struct pending *p) {
+    if (p->staging >= 0) memset(f->staging_used + p->staging, 0, (size_t)staging_pages(f, p));
+    p->staging = -1;
+}
+
+static uint8_t *staging_of(const struct flash *f, const struct pending *p) {
+    return f->staging + (size_t)p->staging * STAGING_PAGE;
+}
+
 /* Submits what is queued, as far as staging memory and the io take it. Call with the lock held. */
 static void pump(struct flash *f) {
     while (f->queue_size > 0) {
@@ -205,22 +251,12 @@ static void pump(struct flash *f) {
             const int tag = f->queue[(f->queue_head + n) % MAX_PENDING];
             struct pending *p = &f->pending[tag];
             const struct store *s = p->store;
-            if (s->direct) {
-                reads[n] = read_of(p, tag, s->slots + (size_t)s->slot_of[p->first] * s->slot_size);
-            } else {
-                if (p->staging < 0 && f->n_free_staging == 0) break;
-                if (p->staging < 0) p->staging = f->free_staging[--f->n_free_staging];
-                reads[n] = read_of(p, tag, f->staging + (size_t)p->staging * f->staging_size);
-            }
-            n++;
+            if (!s->direct && p->staging < 0 && !take_staging(f, p)) break;
+            reads[n++] = read_of(p, tag, s->direct ? s->slots + (size_t)s->slot_of[p->first] * s->slot_size : staging_of(f, p));
         }
         if (n == 0) return;
         const int taken = io_submit(f->io, reads, n);
-        for (int i = n - 1; i >= taken; i--) { /* their staging memory may serve others first */
-            struct pending *p = &f->pending[reads[i].tag];
-            if (p->staging >= 0) f->free_staging[f->n_free_staging++] = p->staging;
-            p->staging = -1;
-        }
+        for (int i = n - 1; i >= taken; i--) free_staging(f, &f->pending[reads[i].tag]); /* it may serve others first */
         f->queue_head = (f->queue_head + taken) % MAX_PENDING;
         f->queue_size -= taken;
         if (taken < n) return;
@@ -230,7 +266,7 @@ static void pump(struct flash *f) {
 /* Where a slot begins. */
 static uint8_t *slot_at(const struct store *s, int32_t slot) {
     const int32_t n = (int32_t)s->spec.n_slots;
-    return slot < n ? s->slots + (size_t)slot * s->slot_size : s->transit + (size_t)(slot - n) * s->slot_size;
+    return slot < n ? s->slots + (size_t)slot * s->slot_size : s->transit + (size_t)(slot - n) * s->transit_slot;
 }
 
 static void drop_slot(struct store *s, int32_t slot) {
@@ -274,7 +310,7 @@ static void complete(struct flash *f, const struct io_done *done) {
     struct store *s = p->store;
     const bool failed = done->error != 0 || flash_stale(f);
     if (done->error != 0 && is_needed(p)) record_error(f, done->error, done->file, done->offset);
-    const uint8_t *from = s->direct ? NULL : f->staging + (size_t)p->staging * f->staging_size +
+    const uint8_t *from = s->direct ? NULL : staging_of(f, p) +
                                                  (unit_offset(s, p->first) & (s->align - 1));
     for (uint32_t u = p->first; u <= p->last; u++) {
         const int32_t slot = s->slot_of[u];
@@ -288,7 +324,7 @@ static void complete(struct flash *f, const struct io_done *done) {
         }
         atomic_store_explicit(&s->state[slot], STORE_READY, memory_order_release);
     }
-    if (p->staging >= 0) f->free_staging[f->n_free_staging++] = p->staging;
+    free_staging(f, p);
     f->free_pending[f->n_free_pending++] = (int)done->tag;
 }
 
@@ -337,10 +373,6 @@ bool flash_wait(struct flash *f, uint32_t generation) {
 
 /* ---- stores --------------------------------------------------------------------------------------------------- */
 
-static size_t round64(size_t size) {
-    return (size + 63) & ~(size_t)63;
-}
-
 static bool is_direct(const struct flash *f, uint64_t unit_size) {
     return unit_size > f->options.run;
 }
@@ -372,9 +404,9 @@ struct store *store_open(struct flash *f, const struct store_spec *spec, char *e
         store_close(s);
         return NULL;
     }
-    if (spec->transit && !s->direct && spec->n_slots < spec->n_units) {
-        const uint64_t fit = f->options.transit / s->slot_size;
-        s->n_transit = (uint32_t)(fit < spec->n_units ? fit : spec->n_units);
+    if (spec->transit && !s->direct && spec->n_slots < spec->n_units && s->slot_size <= f->options.transit_slot) {
+        s->n_transit = f->n_transit;
+        s->transit_slot = f->options.transit_slot;
         s->transit = f->transit;
     }
     const size_t n_slots = (size_t)spec->n_slots + s->n_transit;
@@ -407,7 +439,10 @@ no_memory:
 
 void store_close(struct store *s) {
     if (s == NULL) return;
-    if (s->flash->transit_owner == s) s->flash->transit_owner = NULL;
+    for (uint32_t k = 0; k < s->n_transit; k++) {
+        if (s->flash->transit_owner[k] == s) s->flash->transit_owner[k] = NULL;
+    }
+    if (s->flash->current == s) s->flash->current = NULL;
     if (s->slots != NULL) munmap(s->slots, s->slots_size);
     free(s->slot_of);
     free(s->uses);
@@ -421,6 +456,7 @@ void store_close(struct store *s) {
 void store_begin(struct store *s) {
     lock(s->flash);
     s->round++;
+    if (s->n_transit > 0) s->flash->current = s;
     if (s->round % AGE_ROUNDS == 0) {
         for (uint32_t u = 0; u < s->spec.n_units; u++) s->uses[u] >>= 1;
     }
@@ -450,34 +486,36 @@ static void count_if_wasted(struct store *s, int32_t slot) {
     s->ahead[slot] = 0;
 }
 
-/* A slot of transit memory, emptied; -1: all are needed. */
-static int32_t take_transit(struct store *s) {
-    struct store *owner = s->flash->transit_owner;
-    const int32_t n = (int32_t)s->n_transit, first = (int32_t)s->spec.n_slots;
-    if (owner != s && owner != NULL) { /* its round is over */
-        for (uint32_t slot = owner->spec.n_slots; slot < owner->spec.n_slots + owner->n_transit; slot++) {
-            if (owner->unit_of[slot] < 0) continue;
-            count_if_wasted(owner, (int32_t)slot);
-            drop_slot(owner, (int32_t)slot); /* also what is on its way: its read finds nobody to serve */
+/* Does its store need what is in a slot of transit memory: in its round, unless that is over, or in the next? */
+static bool needed(const struct store *s, uint32_t slot) {
+    const uint32_t age = s->round - s->round_of[slot];
+    return age == UINT32_MAX || (age == 0 && s == s->flash->current);
+}
+
+/* A slot of transit memory, emptied; -1: all are needed. What other stores only read ahead has to go in the end. */
+static int32_t take_transit(struct store *s, bool ahead) {
+    struct flash *f = s->flash;
+    for (int pass = 0; pass < (ahead ? 1 : 2); pass++) {
+        for (uint32_t i = 0; i < f->n_transit; i++) {
+            const uint32_t k = (f->transit_next + i) % f->n_transit;
+            struct store *owner = f->transit_owner[k];
+            const uint32_t slot = owner == NULL ? 0 : owner->spec.n_slots + k;
+            if (owner != NULL && owner->unit_of[slot] >= 0) {
+                if (needed(owner, slot) && (pass == 0 || owner == s)) continue;
+                count_if_wasted(owner, (int32_t)slot);
+                drop_slot(owner, (int32_t)slot); /* also what is on its way: its read finds nobody to serve */
+            }
+            f->transit_owner[k] = s;
+            f->transit_next = k + 1;
+            return (int32_t)(s->spec.n_slots + k);
         }
-    }
-    s->flash->transit_owner = s;
-    for (int32_t i = 0; i < n; i++) {
-        const int32_t slot = first + (int32_t)((s->transit_next + (uint32_t)i) % s->n_transit);
-        if (s->unit_of[slot] >= 0 && protected_slot(s, (uint32_t)slot)) continue;
-        if (s->unit_of[slot] >= 0) {
-            count_if_wasted(s, slot);
-            drop_slot(s, slot);
-        }
-        s->transit_next = (uint32_t)(slot - first) + 1;
-        return slot;
     }
     return -1;
 }
 
 /* A slot to put a unit in, emptied; -1: all are needed. The policy holds among a random sample, which is nearly as good
  * as among all and costs the same whatever the size. */
-static int32_t take_slot(struct store *s, uint32_t unit) {
+static int32_t take_slot(struct store *s, uint32_t unit, bool ahead) {
     if (s->n_empty > 0) {
         while (s->state[s->cursor] != STORE_EMPTY) s->cursor++;
         s->n_empty--;
@@ -492,8 +530,8 @@ static int32_t take_slot(struct store *s, uint32_t unit) {
         if (evictable(s, start) && (best < 0 || worth_less(s, start, (uint32_t)best))) best = start;
     }
     if (s->n_transit > 0 && (best < 0 || (s->spec.policy == STORE_LFU && s->uses[unit] <= s->uses[s->unit_of[best]]))) {
-        const int32_t slot = take_transit(s);
-        if (slot >= 0) return slot;
+        const int32_t slot = take_transit(s, ahead);
+        if (slot >= 0 || ahead) return slot;
     }
     for (uint32_t i = 0; i < n && best < 0; i++) {
         const uint32_t slot = s->spec.n_pinned + (start - s->spec.n_pinned + i) % n;
@@ -514,6 +552,7 @@ static void close_run(struct store *s) {
     const int tag = f->free_pending[--f->n_free_pending];
     f->pending[tag] = (struct pending){.store = s, .first = s->run_first, .last = s->run_last, .staging = -1};
     f->queue[(f->queue_head + f->queue_size++) % MAX_PENDING] = tag;
+    if (f->queue_size >= EARLY) pump(f);
 }
 
 /* Whether the unit can join the run: it follows closely, and the read stays short enough. */
@@ -528,7 +567,7 @@ static bool want_missing(struct store *s, uint32_t unit, bool ahead) {
     const bool joins = joins_run(s, unit);
     /* The open run needs one read, and this unit perhaps another. */
     if (!joins && f->n_free_pending < 1 + s->run_open) return false;
-    const int32_t slot = take_slot(s, unit);
+    const int32_t slot = take_slot(s, unit, ahead);
     if (slot < 0) return false;
     s->unit_of[slot] = (int32_t)unit;
     s->round_of[slot] = s->round + ahead;

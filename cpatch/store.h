@@ -7,7 +7,7 @@
  *
  * A flash is what the stores of one model share: the io, the queue of reads, staging memory, one lock, and transit memory:
  * slots for units that are not worth giving up another for (they were wanted less often than what would have to go). They
- * are there for the round that wants them. One store has all of the transit memory at a time, the last that needed it.
+ * are there for the round that wants them, of whichever store.
  *
  * Small units are read in runs: neighbours, and gaps that are cheaper to read through than to skip, become one read
  * into staging memory, from which units are copied to their slots. Large units are read straight into their slots.
@@ -31,6 +31,7 @@ struct flash_options {
     size_t gap;      /* bytes of unwanted units that are read through rather than skipped */
     size_t run;      /* longest read of several units, in bytes; larger units are read on their own */
     size_t transit;  /* bytes of transit memory; 0: none */
+    size_t transit_slot; /* bytes of the largest unit that may pass through it */
 };
 
 /* NULL with a sentence in err. The fds are reopened, the caller's stay his. */
@@ -85,7 +86,8 @@ struct store {
     bool direct;            /* units are read straight into slots, at offset % align */
     uint8_t *slots, *transit;
     size_t slots_size;
-    uint32_t n_transit, transit_next; /* slots n_slots and up are in transit memory; which to look at first for a free one */
+    uint32_t n_transit;     /* slots n_slots and up are in transit memory, as far as they are this store's */
+    size_t transit_slot;    /* bytes of one */
     _Atomic int32_t *slot_of;     /* [n_units] -1: in no slot */
     int32_t *unit_of;             /* [n_slots + n_transit] */
     _Atomic uint8_t *state;       /* [n_slots + n_transit] */
@@ -138,6 +140,11 @@ void store_flush(struct store *store);
 /* The unit may be evicted before the round ends. */
 void store_release(struct store *store, uint32_t unit);
 
+/* Is the unit in memory, or on its way? */
+static inline bool store_has(const struct store *store, uint32_t unit) {
+    return atomic_load_explicit(&store->slot_of[unit], memory_order_relaxed) >= 0;
+}
+
 static inline bool store_ready(const struct store *store, uint32_t unit) {
     const int32_t slot = atomic_load_explicit(&store->slot_of[unit], memory_order_relaxed);
     return slot >= 0 && atomic_load_explicit(&store->state[slot], memory_order_acquire) == STORE_READY;
@@ -154,7 +161,7 @@ static inline const uint8_t *store_unit(const struct store *store, uint32_t unit
     const int32_t slot = atomic_load_explicit(&store->slot_of[unit], memory_order_relaxed);
     const uint64_t offset = store->spec.offset + unit * store->spec.unit_size;
     if ((uint32_t)slot >= store->spec.n_slots)
-        return store->transit + ((size_t)slot - store->spec.n_slots) * store->slot_size;
+        return store->transit + ((size_t)slot - store->spec.n_slots) * store->transit_slot;
     return store->slots + (size_t)slot * store->slot_size +
            (store->direct ? offset & (store->align - 1) : 0);
 }

@@ -68,6 +68,7 @@ def slots(units: int, *, hot: int = 0, deciders: bool = False, prefetch: bool = 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "place", place)
+        patch.setattr(loader, "TRANSIT", 1 << 17)  # small models would fit into it
         patch.setattr(powerinfer_ext.llama, "Options", partial(loader.Options, prefetch=prefetch))
         yield
 
@@ -244,9 +245,15 @@ def test_predicted_layers_stream(tmp_path: Path) -> None:
     resident = Llama(path, **SETTINGS)
     expected = logits(resident)
     assert 0 < resident.sparse_stats()["density"] < 0.9
-    for n, hot, engine in [(64, 9, "threads"), (500, 9, "io_uring")]:
-        with slots(n, hot=hot):
-            assert np.array_equal(expected, logits(Llama(path, io=engine, **SETTINGS))), n
+    for n, hot, engine, prefetch in [(64, 9, "threads", True), (120, 9, "io_uring", False), (200, 9, "io_uring", True)]:
+        with slots(n, hot=hot, prefetch=prefetch):
+            llama = Llama(path, io=engine, **SETTINGS)
+        assert np.array_equal(expected, logits(llama)), n
+        llama.reset_sparse_stats()
+        for token in tokens_of(llama, 20):  # decoding: a layer's input says what the next will want
+            llama.eval([token])
+        flash = llama.sparse_stats()["flash"]
+        assert flash["missed"] > 0 and (flash["prefetched"] > 0) == prefetch, (n, flash)
 
 
 def test_layers_with_thresholds_stream(tmp_path: Path) -> None:
@@ -329,11 +336,14 @@ def inject(llama: llama_cpp.Llama, error: int, short_by: int = 0, after: int = 3
     assert lib.pi_model_inject(llama.model.sparse._handle, after, error, short_by) == 0
 
 
-def logits_until_failure(llama: llama_cpp.Llama) -> None:
-    """How many reads an evaluation makes depends on how far apart this disk lets wanted rows lie and be one read;
-    the fault waits for its turn, in a later evaluation if need be."""
-    for _ in range(20):
-        logits(llama)
+def logits_until_failure(llama: llama_cpp.Llama, error: int, short_by: int = 0, after: int = 0) -> None:
+    """A read that is only made ahead of time may fail unnoticed: whoever wants its bytes reads again. And how many reads
+    an evaluation makes depends on how far apart this disk lets wanted rows lie and be one read. So the fault
+    waits for its turn, in a later evaluation if need be, and there is another, a read later."""
+    for k in range(8):
+        inject(llama, error, short_by, after + k)
+        for _ in range(5):
+            logits(llama)
 
 
 def offset_in(message: str) -> int:
@@ -347,9 +357,8 @@ def test_a_read_that_fails_ends_the_answer_and_nothing_else(mixture: Path, engin
     expected = logits(llama)
     assert np.array_equal(logits(other), expected)
     for after in (0, 3, 17):
-        inject(llama, errno.EIO if fault == "EIO" else 0, 0 if fault == "EIO" else 100, after)
         with pytest.raises(PowerInferError) as raised:
-            logits_until_failure(llama)
+            logits_until_failure(llama, errno.EIO if fault == "EIO" else 0, 0 if fault == "EIO" else 100, after)
         message = str(raised.value)
         assert str(mixture) in message and 0 < offset_in(message) < mixture.stat().st_size
         assert ("Input/output error" if fault == "EIO" else "ended early") in message
@@ -364,9 +373,8 @@ def test_bundles_whose_read_fails(models: dict[str, Path], engine: str) -> None:
     llama = open_streamed(path, 64, engine)
     expected = logits(llama)
     for after in (0, 40):
-        inject(llama, errno.EIO, 0, after)
         with pytest.raises(PowerInferError, match=f"{path}: reading at offset [0-9]+ failed: Input/output error"):
-            logits_until_failure(llama)
+            logits_until_failure(llama, errno.EIO, after=after)
         assert np.array_equal(logits(llama), expected)
 
 
