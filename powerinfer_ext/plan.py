@@ -9,7 +9,7 @@ The cost of a decoded token is predicted from what it touches and what it misses
               a round trip for every layer that has to wait. Missing is what is asked for and not in a cache of the
               slots that `placement` would give out (`hits`)
     token     the slower of the two and a part of the other: reading hides the computing of the neurons that are there
-              already, of experts and tiles `_OVERLAP`
+              already; of predicted neurons, which are read a layer ahead, of experts and tiles `_OVERLAP`
 
 `powerinfer bench --memory` stores the prediction beside what it measures (`plan` in its JSON).
 """
@@ -59,7 +59,9 @@ DENSITY = 0.1  # of a sparse model whose file does not say how often its neurons
 # Measured on two Zen 4 cores (bench/results): what the model above does not derive.
 _BLOCK = 0.6e-3  # seconds that a block takes besides its matrices: attention, norms, waiting for the slowest thread
 _READ = 3e-6  # seconds of a read beside the device's: finding a slot, submitting, copying, while others compute
-_OVERLAP = {"experts": 0.6, "tiles": 0.5}  # share of reading or computing that the other one hides
+# Share of reading or computing that the other one hides; a layer's predicted neurons are mostly read while the one
+# before it is computed.
+_OVERLAP = {"experts": 0.6, "tiles": 0.5, "predicted neurons": 0.8}
 _MMAP_SHARE = 0.3  # of the disk's bandwidth that page faults with a read-ahead of 128 KiB reach
 _WHOLE = 128 << 20  # bytes that speeds are measured on, at least
 _I8 = 24
@@ -509,7 +511,8 @@ def predict(model: Model, placement: Placement, speeds: Speeds) -> Row:
     for bundle in placement.bundles:
         _add_neurons(cost, model, bundle, speeds)
         if 0 < bundle.slots < bundle.units:
-            waits[bundle.layer.index] = "neurons"
+            ahead = bundle.layer.predictor is not None and bundle.layer.predictor.kind != "direct"
+            waits[bundle.layer.index] = "predicted neurons" if ahead else "neurons"
     for matrix in placement.matrices:
         if matrix.source.name not in ours:
             continue
