@@ -337,9 +337,9 @@ def inject(llama: llama_cpp.Llama, error: int, short_by: int = 0, after: int = 3
 
 
 def logits_until_failure(llama: llama_cpp.Llama, error: int, short_by: int = 0, after: int = 0) -> None:
-    """A read that is only made ahead of time may fail unnoticed: whoever wants its bytes reads again. And how many reads
-    an evaluation makes depends on how far apart this disk lets wanted rows lie and be one read. So the fault
-    waits for its turn, in a later evaluation if need be, and there is another, a read later."""
+    """A read that is only made ahead of time may fail unnoticed: whoever wants its bytes reads again. And how many
+    reads an evaluation makes depends on how far apart this disk lets wanted rows lie and be one read. So the
+    fault waits for its turn, in a later evaluation if need be, and there is another, a read later."""
     for k in range(8):
         inject(llama, error, short_by, after + k)
         for _ in range(5):
