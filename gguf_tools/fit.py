@@ -24,7 +24,7 @@ from gguf_tools.reader import BLOCKS, GGUFFile, TensorInfo
 from gguf_tools.sparse import bundle_layout
 
 RECALL = 0.97
-_VERSION = 5  # of the trained predictors that are kept
+_VERSION = 4  # of the trained predictors that are kept
 
 Progress = Callable[..., None]
 
@@ -103,9 +103,8 @@ def fit(
             candidates += tried
             notes += [note] if note else []
             if selected is not None:  # more of what is in memory, less of the rest: that is what caches will see
-                frequency = selected.mean(axis=0, dtype=np.float32)
-                stored = order.stored_order(frequency, selected, hot[ffn.unit])
-                found[ffn.unit] = Calibrated(order=stored, frequency=frequency, hot_count=hot[ffn.unit])
+                stored = order.stored_order(selected, fired, hot[ffn.unit])
+                found[ffn.unit] = Calibrated(order=stored, frequency=selected, hot_count=hot[ffn.unit])
             if predictor:
                 found[ffn.unit] = Calibrated(**{**vars(found[ffn.unit]), "predictor": predictor})
         if progress:
@@ -164,8 +163,8 @@ def _predictor(
     everything: bool,
     in_memory: int | None,
 ) -> tuple[Predictor | None, np.ndarray | None, list[Candidate], str | None]:
-    """The best predictor of an FFN, what it selects (bool [tokens, n_ff]) if it spares neurons on flash, all that were
-    tried, and, without a predictor, why the layer stays exact. in_memory: neurons not on flash; None: all."""
+    """The best predictor of an FFN, how often it selects each neuron if it spares those on flash, all that were tried,
+    and, without a predictor, why the layer stays exact. in_memory: neurons that will not be on flash; None: all."""
     kept = profile.folder / f"predictor-{ffn.unit}.npz"
     loaded = None if everything else _load(kept, settings)
     if loaded and (loaded[0] is None or in_memory is None):
@@ -179,11 +178,11 @@ def _predictor(
     if loaded:
         assert loaded[0] is not None and in_memory is not None
         return *_for_flash(m, ffn, loaded[0], recall, in_memory), [], loaded[1]
-    costs = _costs(ffn, m)
+    costs = _costs(ffn, m.density)
     tried = list(training.candidates(m, costs, recall, everything=everything))
     best = training.choose(tried, costs, m)
-    note, candidates = None, [_candidate(ffn, s, costs, m, s is best) for s in tried]
-    if best is None or _bytes(best, costs, m) >= costs.exact:
+    note, candidates = None, [_candidate(ffn, s, costs, m.n_ff, s is best) for s in tried]
+    if best is None or costs.predicted(best.predictor, m.n_ff) >= costs.exact:
         candidates = [replace(candidate, chosen=False) for candidate in candidates]
         pays = max((r for candidate in candidates for r, size in candidate.curve if size < costs.exact), default=None)
         reached = "no predictor fits" if best is None else (
@@ -204,7 +203,7 @@ def _predictor(
 def _for_flash(
     m: training.Material, ffn: FFN, predictor: Predictor, recall: float, in_memory: int
 ) -> tuple[Predictor, np.ndarray]:
-    """The predictor that spares neurons on flash, and which neurons it selects."""
+    """The predictor that spares neurons on flash, and how often it selects each."""
     sparing = training.for_flash(m, predictor, recall, in_memory, ffn.decider.nbytes // ffn.n_ff)
     return sparing, training.selected(m, sparing)
 
@@ -220,25 +219,19 @@ def _bundle(ffn: FFN) -> int:
     return bundle_layout([*(t.type for t in (ffn.gate, ffn.up) if t), ffn.down_type], ffn.n_embd)[1]
 
 
-def _costs(ffn: FFN, m: training.Material) -> training.Costs:
+def _costs(ffn: FFN, density: float) -> training.Costs:
     matrices = [tensor for tensor in (ffn.gate, ffn.up, ffn.down) if tensor]
     rows = [tensor.type for tensor in matrices[:-1]]
     exact = bundle_layout([*rows[1:], ffn.down_type], ffn.n_embd)[1]
     block, size = BLOCKS[ffn.decider.type]
     deciding = ffn.n_ff * ffn.n_embd // block * size
     total = sum(tensor.nbytes for tensor in matrices)
-    in_vain = deciding if m.up is None else deciding + ffn.up.nbytes  # dReLU: up may be what is not positive
-    return training.Costs(_bundle(ffn), in_vain // ffn.n_ff, total, deciding + m.density * ffn.n_ff * exact)
+    return training.Costs(_bundle(ffn), total, deciding + density * ffn.n_ff * exact)
 
 
-def _bytes(s: training.Scored, costs: training.Costs, m: training.Material) -> float:
-    assert s.predictor.computed is not None
-    return costs.predicted(s.predictor.nbytes, s.predictor.computed, m)
-
-
-def _candidate(ffn: FFN, s: training.Scored, costs: training.Costs, m: training.Material, chosen: bool) -> Candidate:
+def _candidate(ffn: FFN, s: training.Scored, costs: training.Costs, n_ff: int, chosen: bool) -> Candidate:
     p = s.predictor
-    curve = [(recall, costs.predicted(p.nbytes, computed, m)) for recall, computed in s.curve]
+    curve = [(recall, p.nbytes + computed * n_ff * costs.bundle) for recall, computed in s.curve]
     return Candidate(
         layer=ffn.index,
         name=s.name,
@@ -246,7 +239,7 @@ def _candidate(ffn: FFN, s: training.Scored, costs: training.Costs, m: training.
         predictor_bytes=p.nbytes,
         recall=float(p.recall or 0),
         computed=float(p.computed or 0),
-        bytes=_bytes(s, costs, m),
+        bytes=costs.predicted(p, n_ff),
         curve=curve,
         chosen=chosen,
     )

@@ -134,22 +134,20 @@ def _spread(tokens: np.ndarray, most: int) -> np.ndarray:
 @dataclass(frozen=True)
 class Costs:
     """Bytes that a token has to read, by which predictors are compared: of a neuron's bundle when the layer is
-    predicted, of the part of it that a neuron selected in vain has cost when that turns out, of the whole FFN as it is
-    in the source, of the layer when it is exact (deciding matrix, and bundles of the neurons that fire)."""
+    predicted, of the whole FFN as it is in the source, of the layer when it is exact (deciding matrix, and bundles
+    of the neurons that fire)."""
 
     bundle: int
-    in_vain: int
     ffn: int
     exact: float
 
-    def predicted(self, predictor_bytes: int, computed: float, m: Material) -> float:
-        """Of a token when so many of the neurons are computed; as many as fire, if it is that many, are read whole."""
-        firing = min(computed, m.density)
-        return predictor_bytes + m.n_ff * (computed * self.in_vain + firing * (self.bundle - self.in_vain))
+    def predicted(self, predictor: Predictor, n_ff: int) -> float:
+        assert predictor.computed is not None
+        return predictor.nbytes + predictor.computed * n_ff * self.bundle
 
     def weighed(self, predictor_bytes: int, computed: float, m: Material) -> float:
         """What predictors are compared by: bytes, times what is computed beyond `WASTE` times what fires."""
-        return self.predicted(predictor_bytes, computed, m) * max(1.0, computed / (WASTE * m.density))
+        return (predictor_bytes + computed * m.n_ff * self.bundle) * max(1.0, computed / (WASTE * m.density))
 
 
 @dataclass(frozen=True)
@@ -235,10 +233,12 @@ def for_flash(m: Material, predictor: Predictor, recall: float, in_memory: int, 
 
 
 def selected(m: Material, predictor: Predictor) -> np.ndarray:
-    """bool [tokens, n_ff]: which neurons it selects, on a sample of all tokens."""
+    """float32 [n_ff]: the share of tokens for which it selects a neuron, on a sample of all."""
     sample = _spread(np.arange(len(m.x)), _COUNTED_TOKENS)
-    parts = range(0, len(sample), _SOME)
-    return np.concatenate([predictor.scores(m.x[sample[part : part + _SOME]]) > 0 for part in parts])
+    counts = np.zeros(m.n_ff)
+    for part in range(0, len(sample), _SOME):
+        counts += (predictor.scores(m.x[sample[part : part + _SOME]]) > 0).sum(axis=0)
+    return (counts / len(sample)).astype(np.float32)
 
 
 # ---- linear ------------------------------------------------------------------------------------------------
