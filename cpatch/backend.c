@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "backend.h"
 
+#include "attention.h"
 #include "buffer.h"
 #include "kernels.h"
 #include "panels.h"
@@ -13,6 +14,11 @@
 #include <unistd.h>
 
 static const char DEVICE_NAME[] = "POWERINFER";
+
+enum {
+    ATTENTION_TOKENS = 16, /* more go to stock's products of matrices */
+    ATTENTION_ROWS = 128   /* of the cache, that a thread takes at a time */
+};
 
 /* One per llama_context. */
 struct backend_context {
@@ -96,10 +102,37 @@ static bool is_lookup(const struct ggml_tensor *t) {
            t->src[1]->nb[0] == sizeof(int32_t) && t->ne[1] == t->src[1]->ne[0] && t->ne[2] == 1 && t->ne[3] == 1;
 }
 
+/* Is t a token's query, or what attention's weights are made from it, in a sparse model of ours with attention in panels? */
+static bool is_attending(const struct ggml_tensor *t) {
+    for (int hops = 0; t != NULL && hops < 16; hops++) {
+        const bool product = t->op == ggml.op_mul_mat;
+        if (product && buffer_is_ours(t->src[0]->buffer)) {
+            return buffer_weight(t->src[0])->role == PI_ROLE_PANEL && buffer_model(t->src[0])->n_layers > 0;
+        }
+        if (!product && !is_noop(t) && t->op != ggml.op_rope && t->op != ggml.op_norm && t->op != ggml.op_rms_norm &&
+            t->op != ggml.op_cont && t->op != ggml.op_soft_max && t->op != ggml.op_add && t->op != ggml.op_scale &&
+            t->op != ggml.op_mul)
+            return false;
+        t = t->src[product]; /* of keys and a query: the query */
+    }
+    return false;
+}
+
+/* A product of a few tokens with the cache's keys or values, F16 rows in host memory. */
+static bool is_attention(const struct ggml_tensor *op) {
+    const struct ggml_tensor *rows = op->src[0], *x = op->src[1];
+    if (op->op != ggml.op_mul_mat || rows->type != ABI_TYPE_F16 || x->ne[1] > ATTENTION_TOKENS || !panel_runs()) return false;
+    const struct ggml_tensor *cache = rows->view_src != NULL ? rows->view_src : rows;
+    if (cache->buffer == NULL || buffer_is_ours(cache->buffer) || !ggml.ggml_backend_buft_is_host(cache->buffer->buft))
+        return false;
+    return rows->nb[0] == sizeof(uint16_t) && rows->ne[3] == 1 && x->ne[3] == 1 && x->ne[2] % rows->ne[2] == 0 &&
+           is_f32_rows(x) && is_f32_rows(op) && is_attending(x);
+}
+
 static bool supports_op(ggml_backend_dev_t dev, const struct ggml_tensor *op) {
     (void)dev;
     if (is_noop(op)) return buffer_is_ours(op->view_src != NULL ? op->view_src->buffer : op->buffer);
-    if (is_mul_mat(op)) return supports_product(op);
+    if (is_mul_mat(op)) return supports_product(op) || is_attention(op);
     return is_lookup(op) || glu_layer(op) != NULL || ungated_layer(op) != NULL;
 }
 
@@ -273,6 +306,29 @@ static int compute_panels(struct backend_context *c, struct ggml_tensor *node) {
         }
     }
     panel_products(w->type, w->ne[0], w->ne[1], xs, (int)n_x, products, (int)n, inputs, c->n_threads);
+    return ABI_STATUS_SUCCESS;
+}
+
+/* Queries with keys, or attention's weights with values. Several heads of x share one of the cache. */
+static int compute_attention(struct backend_context *c, struct ggml_tensor *node) {
+    const struct ggml_tensor *rows = node->src[0], *x = node->src[1];
+    const int64_t n = rows->ne[0], n_rows = rows->ne[1], n_tokens = x->ne[1], n_x = n_tokens * x->ne[2];
+    const int64_t stride = attention_stride(n), n_parts = (n_rows + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
+    const int64_t share = x->ne[2] / rows->ne[2];
+    float *rounded = ffn_scratch_reserve(&c->inputs, (size_t)(n_x * stride) * sizeof *rounded);
+    if (rounded == NULL) return ABI_STATUS_ALLOC_FAILED;
+#pragma omp parallel num_threads(c->n_threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < n_x; r++) attention_round(n, row_at(x, r % n_tokens, r / n_tokens), rounded + r * stride);
+#pragma omp for schedule(static)
+        for (int64_t k = 0; k < n_x * n_parts; k++) {
+            const int64_t r = k / n_parts, from = k % n_parts * ATTENTION_ROWS, head = r / n_tokens;
+            attention_dots(row_at(rows, from, head / share), rows->nb[1], n,
+                           n_rows - from < ATTENTION_ROWS ? n_rows - from : ATTENTION_ROWS, rounded + r * stride,
+                           (float *)row_at(node, r % n_tokens, head) + from);
+        }
+    }
     return ABI_STATUS_SUCCESS;
 }
 
@@ -467,6 +523,8 @@ static int graph_compute(ggml_backend_t backend, struct ggml_cgraph *graph) {
             status = compute_product(c, graph, &i, node, w);
         } else if (is_lookup(node)) {
             status = compute_lookup(c, node);
+        } else if (node->op == ggml.op_mul_mat) {
+            status = compute_attention(c, node);
         } else if (supports_op(NULL, node)) {
             status = compute_activation(node);
             c->activated = node;

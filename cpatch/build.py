@@ -7,7 +7,7 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 HEADERS = ("powerinfer.h", "io.h", "kernels_bench.h")  # what Python sees
-SOURCES = [f"cpatch/{name}.c" for name in ("backend", "buffer", "ffn", "ffn_tiles", "ggml_abi", "kernels")]
+SOURCES = [f"cpatch/{name}.c" for name in ("attention", "backend", "buffer", "ffn", "ffn_tiles", "ggml_abi", "kernels")]
 SOURCES += [f"cpatch/{name}.c" for name in ("model", "panels", "plugin", "selftest", "slab", "store", "tiles", "vgguf")]
 SOURCES += [f"cpatch/{name}.c" for name in ("io", "io_measure", "io_threads", "io_uring")]
 SOURCES += [f"cpatch/kernels_{name}.c" for name in ("portable", "neon", "avx2", "bench")]

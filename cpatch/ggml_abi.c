@@ -32,6 +32,8 @@ static int find_ops(char *err, size_t err_len) {
         {"PERMUTE", &ggml.op_permute}, {"ADD", &ggml.op_add},         {"TRANSPOSE", &ggml.op_transpose},
         {"ADD_ID", &ggml.op_add_id},   {"SCALE", &ggml.op_scale},     {"MUL", &ggml.op_mul},
         {"UNARY", &ggml.op_unary},     {"SQR", &ggml.op_sqr},         {"GET_ROWS", &ggml.op_get_rows},
+        {"ROPE", &ggml.op_rope},       {"NORM", &ggml.op_norm},       {"RMS_NORM", &ggml.op_rms_norm},
+        {"CONT", &ggml.op_cont},       {"SOFT_MAX", &ggml.op_soft_max},
     };
     for (size_t w = 0; w < sizeof wanted / sizeof wanted[0]; w++) {
         *wanted[w].slot = -1;

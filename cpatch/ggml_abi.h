@@ -275,7 +275,7 @@ struct abi_functions {
 #undef X
     /* Numbers of the ops we handle, found by name: their order is no promise of ggml's. */
     int op_none, op_mul_mat, op_mul_mat_id, op_glu, op_reshape, op_view, op_permute, op_transpose, op_add, op_add_id,
-        op_scale, op_mul, op_unary, op_sqr, op_get_rows;
+        op_scale, op_mul, op_unary, op_sqr, op_get_rows, op_rope, op_norm, op_rms_norm, op_cont, op_soft_max;
     int unary_relu; /* the unary operator, which is in op_params[0] */
 };
 

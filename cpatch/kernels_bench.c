@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include "kernels_bench.h"
 
+#include "attention.h"
+
 #include "ggml_abi.h"
 #include "ffn_tiles.h"
 #include "kernels.h"
@@ -178,6 +180,15 @@ int pi_panel_products(int type, int64_t n_in, int64_t n_out, const uint8_t *rows
     free(scratch);
     free(panels);
     return enough ? 0 : -1;
+}
+
+int pi_attention_dots(const uint8_t *rows, int64_t stride, int64_t n, int64_t n_rows, const float *x, float *out) {
+    float *rounded = panel_runs() ? malloc((size_t)attention_stride(n) * sizeof *rounded) : NULL;
+    if (rounded == NULL) return -1;
+    attention_round(n, x, rounded);
+    attention_dots(rows, (size_t)stride, n, n_rows, rounded, out);
+    free(rounded);
+    return 0;
 }
 
 double pi_panel_seconds(int type, int64_t n_in, int64_t n_out, const void *panels, int n_threads) {
