@@ -20,8 +20,8 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 #define LANES 4
 #define WIDTH 16
-#define ROWS 4
-#define COLUMNS 8 /* they save loads and stores of y; more rows save nothing */
+#define ROWS 8    /* as many streams of addresses as a core needs to keep its requests going */
+#define COLUMNS 8 /* they save loads and stores of y, too */
 #ifndef WITH_BF16
 #define DOTS_ONLY
 #endif
@@ -76,8 +76,21 @@ PRIMITIVE vb lookup(const uint8_t *table, vb v) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_16(table)), v);
 }
 PRIMITIVE vb join(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
+#ifdef WITH_BF16
+/* Bytes of 4 lanes that are stride apart, out of 64 bytes at the first and 64 that end with the last lane. */
+#define BYTES(i) (i), (i) + 1, (i) + 2, (i) + 3, (i) + 4, (i) + 5, (i) + 6, (i) + 7
+#define LANE(i) BYTES(i), BYTES((i) + 8)
+static const uint8_t apart_17[64] = {LANE(0), LANE(17), LANE(34), LANE(64 + 48)};
+static const uint8_t apart_18[64] = {LANE(0), LANE(18), LANE(36), LANE(64 + 48)};
+static const uint8_t apart_34[64] = {LANE(0), LANE(34), LANE(64 + 14), LANE(64 + 48)};
+#endif
 PRIMITIVE vb lanes(const uint8_t *p, size_t stride) {
     if (stride == 16) return _mm512_loadu_si512(p);
+#ifdef WITH_BF16
+    const uint8_t *order = stride == 17 ? apart_17 : stride == 18 ? apart_18 : apart_34;
+    const __m512i last = _mm512_loadu_si512(p + 3 * stride - 48);
+    return _mm512_permutex2var_epi8(_mm512_loadu_si512(p), _mm512_loadu_si512(order), last);
+#endif
     return join(load_2_lanes(p, stride), load_2_lanes(p + 2 * stride, stride));
 }
 PRIMITIVE vb lanes_of_pairs(const uint8_t *p) { return join(load_2_lanes(p, 16), load_2_lanes(p + 64, 16)); }

@@ -292,17 +292,24 @@ INLINE void dots_some(int type, int64_t n, const uint8_t *const *w, int R, int l
     else dots_k(type, n, w, R, left, x, X, out);
 }
 
+/* As dots_some(), for n rows with one input or one row with n inputs; left: how many of them there are from the first on. */
+INLINE void dots_group(int type, int64_t n, const uint8_t *const *rows, const uint8_t *const *xs, bool one_input, int count,
+                       int left, float *out) {
+    if (one_input) dots_some(type, n, rows, count, left, xs, 1, out);
+    else dots_some(type, n, rows, 1, 1, xs, count, out);
+}
+
 INLINE void dots_list(int type, int64_t n, const uint8_t *const *rows, int n_rows, const uint8_t *const *xs, int n_xs,
                       float *out) {
-    const int one_input = n_xs == 1, count = one_input ? n_rows : n_xs;
-    int k = 0;
-    if (one_input) {
-        for (; k + ROWS <= count; k += ROWS) dots_some(type, n, rows + k, ROWS, count - k, xs, 1, out + k);
-    } else {
-        for (; k + ROWS <= count; k += ROWS) dots_some(type, n, rows, 1, 1, xs + k, ROWS, out + k);
-    }
-    for (; k < count; k++) {
-        dots_some(type, n, one_input ? rows + k : rows, 1, one_input ? count - k : 1, one_input ? xs : xs + k, 1, out + k);
+    const bool one_input = n_xs == 1;
+    for (int left = one_input ? n_rows : n_xs, count; left > 0; left -= count) {
+        count = left >= ROWS ? ROWS : left >= 4 ? 4 : 1;
+        if (count == ROWS) dots_group(type, n, rows, xs, one_input, ROWS, left, out);
+        else if (count == 4) dots_group(type, n, rows, xs, one_input, 4, left, out);
+        else dots_group(type, n, rows, xs, one_input, 1, left, out);
+        rows += one_input ? count : 0;
+        xs += one_input ? 0 : count;
+        out += count;
     }
 }
 
