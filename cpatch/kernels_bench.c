@@ -74,7 +74,6 @@ double pi_read_seconds(const void *buffer, int64_t size, int n_threads) {
         start = seconds();
         for (; p < end; p += 64) { /* a word of every line: the rest comes along */
             uint64_t word;
-            __builtin_prefetch(p + 4096);
             memcpy(&word, p, 8);
             all ^= word;
         }
