@@ -27,6 +27,7 @@ from gguf.quants import quant_shape_to_byte_shape
 from powerinfer_ext.loader import native
 
 MIB = 1 << 20
+PAGE = 4096
 TYPES = ("Q4_0", "Q8_0", "I8", "F16", "Q4_K", "Q5_K", "Q6_K", "MXFP4", "BF16", "F32")
 X86 = ("avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
 LEVELS = ("neon", "portable") if platform.machine() == "aarch64" else X86
@@ -41,7 +42,10 @@ class Buffer:
     def __init__(self, size: int, rng: np.random.Generator) -> None:
         ffi, _ = native()
         # These bytes make small halves, floats and exponents wherever a type has them, and no subnormal ones.
-        self.memory = np.resize(rng.integers(0x20, 0x30, 64 * MIB, np.uint8), size)
+        pages = np.empty(size + PAGE, np.uint8)
+        at = -pages.ctypes.data % PAGE  # as the engine's neurons lie: few of their cache lines are shared with others
+        self.memory = pages[at : at + size]
+        self.memory.reshape(-1, MIB)[:] = rng.integers(0x20, 0x30, (size // MIB, MIB), np.uint8)
         self.pointer = ffi.from_buffer(self.memory)
         self.read_at = 0
 
