@@ -31,7 +31,7 @@ int pi_panel_products(int type, int64_t n_in, int64_t n_out, const uint8_t *rows
 /* Writes rows into panels, `cut` bytes at a time, and reads them back from the last piece to the first. 0 or -1. */
 int pi_panel_copy(int type, int64_t n_in, int64_t n_out, const uint8_t *rows, int64_t cut, uint8_t *copy);
 
-enum pi_kernel_op { PI_KERNEL_DOTS = 0, PI_KERNEL_AXPYS = 1 };
+enum pi_kernel_op { PI_KERNEL_DOTS = 0, PI_KERNEL_AXPYS = 1, PI_KERNEL_READS = 2 /* computes nothing */ };
 
 /* What is timed: rows of n weights of a ggml type (I8: the columns with scales), stride bytes apart in buffer. */
 struct pi_kernel_job {
