@@ -288,22 +288,24 @@ static int compute_panels(struct backend_context *c, struct ggml_tensor *node) {
     const size_t inputs_size = (panel_inputs_size(w->type, w->ne[0], (int)n_x) + 63) & ~(size_t)63;
     uint8_t *inputs = ffn_scratch_reserve(
         &c->inputs, inputs_size + (size_t)n_x * sizeof(float *) +
-                        n_rows * (sizeof(struct product_row) + sizeof(struct panel_product)));
+                        n_rows * (sizeof(struct product_row) + sizeof(struct panel_product)) +
+                        (size_t)(n_experts + 1) * sizeof(int64_t));
     if (inputs == NULL) return ABI_STATUS_ALLOC_FAILED;
     const float **xs = (const float **)(inputs + inputs_size);
     struct product_row *rows = (struct product_row *)(xs + n_x);
     struct panel_product *products = (struct panel_product *)(rows + n_rows);
+    int64_t *next = (int64_t *)(products + n_rows); /* where an expert's next row goes */
     const int64_t n = product_rows(node, rows);
     if (n < 0) return ABI_STATUS_FAILED;
     for (int64_t i = 0; i < n_x; i++) xs[i] = row_at(x, i % x->ne[1], i / x->ne[1]);
-    int64_t filled = 0;
-    for (int64_t expert = 0; expert < n_experts && filled < n; expert++) {
-        for (int64_t r = 0; r < n; r++) {
-            if (rows[r].expert != expert) continue;
-            products[filled++] = (struct panel_product){.panels = (const uint8_t *)w->data + (size_t)expert * w->nb[2],
-                                                        .input = (int)(rows[r].x2 * x->ne[1] + rows[r].x1),
-                                                        .out = row_at(node, rows[r].i1, rows[r].i2)};
-        }
+    memset(next, 0, (size_t)(n_experts + 1) * sizeof *next);
+    for (int64_t r = 0; r < n; r++) next[rows[r].expert + 1]++;
+    for (int64_t e = 1; e < n_experts; e++) next[e] += next[e - 1];
+    for (int64_t r = 0; r < n; r++) {
+        products[next[rows[r].expert]++] =
+            (struct panel_product){.panels = (const uint8_t *)w->data + (size_t)rows[r].expert * w->nb[2],
+                                   .input = (int)(rows[r].x2 * x->ne[1] + rows[r].x1),
+                                   .out = row_at(node, rows[r].i1, rows[r].i2)};
     }
     panel_products(w->type, w->ne[0], w->ne[1], xs, (int)n_x, products, (int)n, inputs, c->n_threads);
     return ABI_STATUS_SUCCESS;

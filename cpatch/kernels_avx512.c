@@ -20,8 +20,8 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 #define LANES 4
 #define WIDTH 16
-#define ROWS 4
-#define COLUMNS 8 /* they save loads and stores of y; more rows save nothing */
+#define ROWS 8    /* as many streams of addresses as a core needs to keep its requests going */
+#define COLUMNS 8 /* they save loads and stores of y, too */
 #ifndef WITH_BF16
 #define DOTS_ONLY
 #endif
@@ -76,8 +76,21 @@ PRIMITIVE vb lookup(const uint8_t *table, vb v) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_16(table)), v);
 }
 PRIMITIVE vb join(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
+#ifdef WITH_BF16
+/* Bytes of 4 lanes that are stride apart, out of 64 bytes at the first and 64 that end with the last lane. */
+#define BYTES(i) (i), (i) + 1, (i) + 2, (i) + 3, (i) + 4, (i) + 5, (i) + 6, (i) + 7
+#define LANE(i) BYTES(i), BYTES((i) + 8)
+static const uint8_t apart_17[64] = {LANE(0), LANE(17), LANE(34), LANE(64 + 48)};
+static const uint8_t apart_18[64] = {LANE(0), LANE(18), LANE(36), LANE(64 + 48)};
+static const uint8_t apart_34[64] = {LANE(0), LANE(34), LANE(64 + 14), LANE(64 + 48)};
+#endif
 PRIMITIVE vb lanes(const uint8_t *p, size_t stride) {
     if (stride == 16) return _mm512_loadu_si512(p);
+#ifdef WITH_BF16
+    const uint8_t *order = stride == 17 ? apart_17 : stride == 18 ? apart_18 : apart_34;
+    const __m512i last = _mm512_loadu_si512(p + 3 * stride - 48);
+    return _mm512_permutex2var_epi8(_mm512_loadu_si512(p), _mm512_loadu_si512(order), last);
+#endif
     return join(load_2_lanes(p, stride), load_2_lanes(p + 2 * stride, stride));
 }
 PRIMITIVE vb lanes_of_pairs(const uint8_t *p) { return join(load_2_lanes(p, 16), load_2_lanes(p + 64, 16)); }
@@ -130,6 +143,67 @@ PRIMITIVE vi dot_factor(vi sum, vb w, vb x, factors f, int v) {
 }
 PRIMITIVE vi dot_16(v16 a, const uint8_t *sums) { return _mm512_zextsi256_si512(dot_16_ints(a, sums)); }
 PRIMITIVE vi minus_32_times(vi a, vi b) { return _mm512_sub_epi32(a, _mm512_slli_epi32(b, 5)); }
+
+#define HEADERS /* four blocks of Q4_K at a time: their scales */
+/* The first 16 bytes of 4 blocks, of which `count` are there. */
+PRIMITIVE vb four_headers(const uint8_t *const blocks[], int count) {
+    if (count == 1) return _mm512_broadcast_i32x4(load_16(blocks[0]));
+    const __m256i a = _mm256_inserti128_si256(_mm256_castsi128_si256(load_16(blocks[0])), load_16(blocks[1]), 1);
+    const __m256i b = _mm256_inserti128_si256(_mm256_castsi128_si256(load_16(blocks[2])), load_16(blocks[3]), 1);
+    return join(a, b);
+}
+/* In each lane the 8 scales, then the 8 minima (unpack_scales() in kernels_template.h). */
+PRIMITIVE vb scales_and_minima(vb headers) {
+    const __m512i low_order = _mm512_broadcast_i32x4(_mm_setr_epi8(4, 5, 6, 7, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15));
+    const __m512i high_order = _mm512_broadcast_i32x4(_mm_setr_epi8(-1, -1, -1, -1, 4, 5, 6, 7, -1, -1, -1, -1, 8, 9, 10, 11));
+    const __m512i shifts = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0, 0, 4));
+    const __m512i low_bits = _mm512_broadcast_i32x4(_mm_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f));
+    const __m512i low = _mm512_and_si512(_mm512_srlv_epi32(_mm512_shuffle_epi8(headers, low_order), shifts), low_bits);
+    const __m512i high = _mm512_srli_epi32(_mm512_shuffle_epi8(headers, high_order), 2);
+    return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi8(0x30), 0xf8); /* low | high & 0x30 */
+}
+/* In each lane 4 times its block's factor d, and 4 times the one of its minima. */
+PRIMITIVE void header_factors(vb headers, vf *d, vf *of_minima) {
+    const __m512i order = _mm512_set_epi16(25, 25, 25, 25, 17, 17, 17, 17, 9, 9, 9, 9, 1, 1, 1, 1, 24, 24, 24, 24, 16, 16, 16, 16,
+                                           8, 8, 8, 8, 0, 0, 0, 0);
+    const __m512i both = _mm512_permutexvar_epi16(order, headers);
+    *d = _mm512_cvtph_ps(_mm512_castsi512_si256(both));
+    *of_minima = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1));
+}
+/* The sums of 32 inputs each, in every lane: out of a Q8_K block's 16 sums of 16. */
+PRIMITIVE vi sums_of_32(const uint8_t *sums) {
+    const __m256i both = _mm256_madd_epi16(_mm256_loadu_si256((const __m256i *)sums), _mm256_set1_epi16(1));
+    return _mm512_broadcast_i32x4(_mm256_cvtepi32_epi16(both));
+}
+PRIMITIVE vi dot_minima(vb scales, vi sums) {
+    return _mm512_madd_epi16(_mm512_unpackhi_epi8(scales, _mm512_setzero_si512()), sums);
+}
+/* One row's, in every lane. */
+PRIMITIVE vb same_lane(vb v, int lane) {
+    switch (lane) {
+    case 0: return _mm512_shuffle_i32x4(v, v, 0x00);
+    case 1: return _mm512_shuffle_i32x4(v, v, 0x55);
+    case 2: return _mm512_shuffle_i32x4(v, v, 0xaa);
+    default: return _mm512_shuffle_i32x4(v, v, 0xff);
+    }
+}
+/* sum += the products of vector v of the block (k_values()), times its scales, which every lane has. */
+PRIMITIVE vi dot_scaled(vi sum, vb w, vb x, vb scales, int v) {
+    const int first = v / 2 * 4 + v % 2; /* for 32 values; 2 more for the others; nothing (the top bit) in other bytes */
+    const vb order = join(_mm256_set1_epi32((int)(0x80808000u + (unsigned)first)), _mm256_set1_epi32((int)(0x80808002u + (unsigned)first)));
+    const vb each = _mm512_shuffle_epi8(scales, order);
+#ifdef WITH_VNNI
+    return _mm512_dpwssd_epi32(sum, dot(zero_i(), w, x), each);
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(dot(zero_i(), w, x), each));
+#endif
+}
+/* The sum of one lane. */
+PRIMITIVE float sum_lane(vf v, int lane) {
+    float f[16];
+    _mm512_storeu_ps(f, v);
+    return (f[4 * lane] + f[4 * lane + 1]) + (f[4 * lane + 2] + f[4 * lane + 3]);
+}
 
 #ifdef WITH_BF16
 #define PAIRS /* two columns at a time, by products of pairs of bfloat16 */

@@ -35,7 +35,7 @@ int pi_panel_copy(int type, int64_t n_in, int64_t n_out, const uint8_t *rows, in
  * this machine has not the instructions, or out of memory. */
 int pi_attention_dots(const uint8_t *rows, int64_t stride, int64_t n, int64_t n_rows, const float *x, float *out);
 
-enum pi_kernel_op { PI_KERNEL_DOTS = 0, PI_KERNEL_AXPYS = 1 };
+enum pi_kernel_op { PI_KERNEL_DOTS = 0, PI_KERNEL_AXPYS = 1, PI_KERNEL_READS = 2 /* computes nothing */ };
 
 /* What is timed: rows of n weights of a ggml type (I8: the columns with scales), stride bytes apart in buffer. */
 struct pi_kernel_job {

@@ -28,6 +28,10 @@ enum { CHUNK = 8, /* blocks of 32 values between prefetches; their scales are co
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
+/* What is in memory is read back from there: a broadcast from memory is free, one out of a vector is not, and GCC would
+ * rather take the scales out of the vectors that they were stored from. */
+#define IN_MEMORY __asm__ volatile("" ::: "memory")
+
 /* e2m1 values, doubled (gguf: MXFP4.kvalues), plus 12. */
 static const uint8_t mxfp4_plus_12[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
@@ -244,6 +248,57 @@ INLINE void dots_k(int type, int64_t n, const uint8_t *const *w, int R, int left
     UNROLL for (int i = 0; i < R * X; i++) out[i] = sum_f(acc[i]) - (type == K_Q6_K ? 0.0f : sum_f(acc_min[i]));
 }
 
+#ifdef HEADERS
+/* dots_k() for Q4_K: what is in the headers of 4 rows' blocks (of one, if R is 1) is unpacked together. */
+INLINE void dots_q4_k(int64_t n, const uint8_t *const *w, int R, int left, const uint8_t *const *x, int X, float *out) {
+    const size_t blocks = (size_t)n / 256;
+    vf acc[ROWS], acc_min[ROWS]; /* a lane of acc_min is one row's */
+    UNROLL for (int i = 0; i < R * X; i++) acc[i] = acc_min[i] = zero_f();
+    for (size_t b = 0; b < blocks; b++) {
+        _Alignas(64) float factors[ROWS][4 * LANES];
+        vi sums[ROWS];
+        fetch_next(w, R, left, b * Q4_K_SIZE, Q4_K_SIZE);
+        UNROLL for (int i = 0; i < X; i++) sums[i] = sums_of_32(x[i] + b * Q8_K_SIZE + 260);
+        UNROLL for (int first = 0; first < R; first += LANES) {
+            const int count = R < LANES ? R : LANES;
+            const uint8_t *at[LANES];
+            vf d, of_minima;
+            UNROLL for (int r = 0; r < count; r++) at[r] = w[first + r] + b * Q4_K_SIZE;
+            const vb headers = four_headers(at, count), scales = scales_and_minima(headers);
+            header_factors(headers, &d, &of_minima);
+            UNROLL for (int i = 0; i < X; i++) {
+                float dx;
+                memcpy(&dx, x[i] + b * Q8_K_SIZE, 4);
+                vf *below = &acc_min[first / LANES * X + i];
+                *below = fma_f(to_float(dot_minima(scales, sums[i])), mul_f(of_minima, same_f(dx)), *below);
+                store_f(factors[i], mul_f(d, same_f(dx)));
+            }
+            IN_MEMORY;
+            UNROLL for (int r = 0; r < count; r++) {
+                const vb own = same_lane(scales, r);
+                vi sum[ROWS];
+                UNROLL for (int i = 0; i < X; i++) sum[i] = zero_i();
+                UNROLL for (int v = 0; v < 16 / LANES; v++) {
+                    const vb q = k_values(K_Q4_K, at[r], v);
+                    UNROLL for (int i = 0; i < X; i++) {
+                        sum[i] = dot_scaled(sum[i], q, k_inputs(K_Q4_K, x[i] + b * Q8_K_SIZE, v), own, v);
+                    }
+                }
+                UNROLL for (int i = 0; i < X; i++) {
+                    vf *of = &acc[(first + r) * X + i];
+                    *of = fma_f(to_float(sum[i]), same_f(factors[i][4 * r]), *of);
+                }
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        UNROLL for (int i = 0; i < X; i++) {
+            out[r * X + i] = sum_f(acc[r * X + i]) - sum_lane(acc_min[r / LANES * X + i], r % LANES);
+        }
+    }
+}
+#endif
+
 /* ---- dot products: floats ------------------------------------------------------------------------------------- */
 
 INLINE size_t float_size(int type) {
@@ -287,22 +342,35 @@ INLINE void dots_floats(int type, int64_t n, const uint8_t *const *w, int R, int
 
 INLINE void dots_some(int type, int64_t n, const uint8_t *const *w, int R, int left, const uint8_t *const *x, int X,
                       float *out) {
+#ifdef HEADERS
+    if (type == K_Q4_K) {
+        dots_q4_k(n, w, R, left, x, X, out);
+        return;
+    }
+#endif
     if (type == K_F32 || type == K_F16 || type == K_BF16) dots_floats(type, n, w, R, left, x, X, out);
     else if (type == K_Q4_0 || type == K_Q8_0 || type == K_MXFP4) dots_blocks(type, n, w, R, left, x, X, out);
     else dots_k(type, n, w, R, left, x, X, out);
 }
 
+/* As dots_some(), for n rows with one input or one row with n inputs; left: how many of them there are from the first on. */
+INLINE void dots_group(int type, int64_t n, const uint8_t *const *rows, const uint8_t *const *xs, bool one_input, int count,
+                       int left, float *out) {
+    if (one_input) dots_some(type, n, rows, count, left, xs, 1, out);
+    else dots_some(type, n, rows, 1, 1, xs, count, out);
+}
+
 INLINE void dots_list(int type, int64_t n, const uint8_t *const *rows, int n_rows, const uint8_t *const *xs, int n_xs,
                       float *out) {
-    const int one_input = n_xs == 1, count = one_input ? n_rows : n_xs;
-    int k = 0;
-    if (one_input) {
-        for (; k + ROWS <= count; k += ROWS) dots_some(type, n, rows + k, ROWS, count - k, xs, 1, out + k);
-    } else {
-        for (; k + ROWS <= count; k += ROWS) dots_some(type, n, rows, 1, 1, xs + k, ROWS, out + k);
-    }
-    for (; k < count; k++) {
-        dots_some(type, n, one_input ? rows + k : rows, 1, one_input ? count - k : 1, one_input ? xs : xs + k, 1, out + k);
+    const bool one_input = n_xs == 1;
+    for (int left = one_input ? n_rows : n_xs, count; left > 0; left -= count) {
+        count = left >= ROWS ? ROWS : left >= 4 ? 4 : 1;
+        if (count == ROWS) dots_group(type, n, rows, xs, one_input, ROWS, left, out);
+        else if (count == 4) dots_group(type, n, rows, xs, one_input, 4, left, out);
+        else dots_group(type, n, rows, xs, one_input, 1, left, out);
+        rows += one_input ? count : 0;
+        xs += one_input ? 0 : count;
+        out += count;
     }
 }
 
@@ -323,10 +391,6 @@ static bool dots(int type, int64_t n, const uint8_t *const *rows, int n_rows, co
 }
 
 /* ---- sums of columns ------------------------------------------------------------------------------------------ */
-
-/* What is in memory is read back from there: a broadcast from memory is free, one out of a vector is not, and GCC would
- * rather take the scales out of the vectors that they were stored from. */
-#define IN_MEMORY __asm__ volatile("" ::: "memory")
 
 #ifndef DOTS_ONLY
 
