@@ -310,8 +310,7 @@ static void complete(struct flash *f, const struct io_done *done) {
     struct store *s = p->store;
     const bool failed = done->error != 0 || flash_stale(f);
     if (done->error != 0 && is_needed(p)) record_error(f, done->error, done->file, done->offset);
-    const uint8_t *from = s->direct ? NULL : staging_of(f, p) +
-                                                 (unit_offset(s, p->first) & (s->align - 1));
+    const uint8_t *from = s->direct ? NULL : staging_of(f, p) + (unit_offset(s, p->first) & (s->align - 1));
     for (uint32_t u = p->first; u <= p->last; u++) {
         const int32_t slot = s->slot_of[u];
         if (slot < 0 || s->state[slot] != STORE_LOADING) continue;

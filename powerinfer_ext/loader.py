@@ -58,8 +58,9 @@ class Options:
     mode: "exact" computes the neurons that fire (or, where the file has predictors, those they select), "dense"
     computes all of them. memory: a budget for the whole process, in bytes, or as "4GiB" or "50%" of the model's
     file; None keeps everything in memory if it fits. io: "auto", "io_uring" or "threads". context: what the
-    budget has to leave room for. prefetch: read experts that a router names, or that the next layer's router
-    would, before they are needed. verify: the share of a predicted layer's evaluations, 0 to 1, after which it is
+    budget has to leave room for. prefetch: read, before they are needed, experts that a router names or that the
+    next layer's would, and neurons that the next layer's predictor names for this layer's input. verify: the share
+    of a predicted layer's evaluations, 0 to 1, after which it is
     looked what the predictor missed.
     """
 
