@@ -3,7 +3,6 @@
 #include "kernels_bench.h"
 
 #include "attention.h"
-
 #include "ggml_abi.h"
 #include "ffn_tiles.h"
 #include "kernels.h"
