@@ -12,30 +12,52 @@
 
 /* ---- layout --------------------------------------------------------------------------------------------------- */
 
-/* A field of a block, by its place there, and by its place in the panel's: `chunk` bytes of a row are followed by those of
- * the next. A plane is a range of the panel's block, of which a panel has all blocks' one after the other: one, unless
- * vectors would not be aligned. Processors fetch one stream of addresses ahead better than several. */
+/* A field of a block, by its place there, and by its place in the panel's, which is the same: `chunk` bytes of a row are
+ * followed by those of the next. Fields lie in the order in which a product first reads them, and nothing lies elsewhere:
+ * processors fetch one stream of addresses ahead, and that beats all prefetching by software (Zen 4: 24 to 29 of the 31 GB/s that
+ * a core can get, and two cores 92 to 99 % of what there is). */
 struct panel_field {
-    uint8_t offset, size, chunk, at, plane, plane_size;
+    uint8_t at, size, chunk;
 };
 
-/* values and bytes of a block; bytes of an input's block, see round_piece(). Two of ggml's blocks of 32 are one here. */
+/* values and bytes of a block; bytes of an input's block, see round_piece(). Two of ggml's blocks of 32 are one here.
+ * order: where in ggml's block each byte of ours is; a chunk's are together there too. */
 struct panel_layout {
     int type, values, block, input;
+    const uint8_t *order;
     int n_fields;
-    struct panel_field fields[5];
+    struct panel_field fields[9];
 };
 
 enum { BLOCK_INPUT = 40, K_INPUT = 4 + 64 + 256 };
 
+#define BYTES2(at) (at), (at) + 1
+#define BYTES4(at) BYTES2(at), BYTES2((at) + 2)
+#define BYTES16(at) BYTES4(at), BYTES4((at) + 4), BYTES4((at) + 8), BYTES4((at) + 12)
+#define BYTES32(at) BYTES16(at), BYTES16((at) + 16)
+#define BYTES128(at) BYTES32(at), BYTES32((at) + 32), BYTES32((at) + 64), BYTES32((at) + 96)
+
+static const uint8_t q4_0_order[] = {BYTES2(0), BYTES2(18), BYTES16(2), BYTES16(20)};
+static const uint8_t q8_0_order[] = {BYTES2(0), BYTES2(34), BYTES32(2), BYTES32(36)};
+static const uint8_t q4_k_order[] = {BYTES16(0), BYTES128(16)};
+static const uint8_t q5_k_order[] = {BYTES16(0), BYTES32(16), BYTES128(48)};
+
+/* In four parts: scales of four groups of 16 values, and then four times 4 bytes of high bits and both times 4 of low bits
+ * that they complete. */
+#define Q6_K_BITS(half, i) BYTES4(128 + 32 * (half) + 4 * (i)), BYTES4(64 * (half) + 4 * (i)), BYTES4(64 * (half) + 32 + 4 * (i))
+#define Q6_K_PART(half, odd)                                                                                              \
+    192 + 8 * (half) + (odd), 194 + 8 * (half) + (odd), 196 + 8 * (half) + (odd), 198 + 8 * (half) + (odd),              \
+        Q6_K_BITS(half, 4 * (odd)), Q6_K_BITS(half, 4 * (odd) + 1), Q6_K_BITS(half, 4 * (odd) + 2),                       \
+        Q6_K_BITS(half, 4 * (odd) + 3)
+static const uint8_t q6_k_order[] = {BYTES2(208), Q6_K_PART(0, 0), Q6_K_PART(0, 1), Q6_K_PART(1, 0), Q6_K_PART(1, 1)};
+
 static const struct panel_layout layouts[] = {
-    {K_Q4_0, 64, 36, 2 * BLOCK_INPUT, 4, {{0, 2, 2, 0, 0, 36}, {18, 2, 2, 2, 0, 36}, {2, 16, 4, 4, 0, 36}, {20, 16, 4, 20, 0, 36}}},
-    {K_Q8_0, 64, 68, 2 * BLOCK_INPUT, 4, {{0, 2, 2, 0, 0, 68}, {34, 2, 2, 2, 0, 68}, {2, 32, 4, 4, 0, 68}, {36, 32, 4, 36, 0, 68}}},
-    {K_Q4_K, 256, 144, K_INPUT, 4, {{0, 2, 2, 0, 0, 144}, {2, 2, 2, 2, 0, 144}, {4, 12, 1, 4, 0, 144}, {16, 128, 4, 16, 0, 144}}},
-    {K_Q5_K, 256, 176, K_INPUT, 5, {{0, 2, 2, 0, 0, 176}, {2, 2, 2, 2, 0, 176}, {4, 12, 1, 4, 0, 176}, {16, 32, 4, 16, 0, 176},
-                                    {48, 128, 4, 48, 0, 176}}},
-    {K_Q6_K, 256, 210, K_INPUT, 4, {{0, 128, 4, 0, 0, 208}, {128, 64, 4, 128, 0, 208}, {192, 16, 1, 192, 0, 208},
-                                    {208, 2, 2, 208, 208, 2}}},
+    {K_Q4_0, 64, 36, 2 * BLOCK_INPUT, q4_0_order, 3, {{0, 2, 2}, {2, 2, 2}, {4, 32, 4}}},
+    {K_Q8_0, 64, 68, 2 * BLOCK_INPUT, q8_0_order, 3, {{0, 2, 2}, {2, 2, 2}, {4, 64, 4}}},
+    {K_Q4_K, 256, 144, K_INPUT, q4_k_order, 3, {{0, 4, 2}, {4, 12, 1}, {16, 128, 4}}},
+    {K_Q5_K, 256, 176, K_INPUT, q5_k_order, 3, {{0, 4, 2}, {4, 12, 1}, {16, 160, 4}}},
+    {K_Q6_K, 256, 210, K_INPUT, q6_k_order, 9,
+     {{0, 2, 2}, {2, 4, 1}, {6, 48, 4}, {54, 4, 1}, {58, 48, 4}, {106, 4, 1}, {110, 48, 4}, {158, 4, 1}, {162, 48, 4}}},
 };
 
 static const struct panel_layout *layout_of(int type) {
@@ -45,15 +67,14 @@ static const struct panel_layout *layout_of(int type) {
     return NULL;
 }
 
-/* Copies a block of a row out of, or into, the panel that it belongs to. */
-static void copy_block(const struct panel_layout *layout, int64_t n_blocks, uint8_t *panel, int64_t row, int64_t b,
-                       uint8_t *block, bool write) {
+/* Copies a block of a row out of, or into, the panel's block that it belongs to. */
+static void copy_block(const struct panel_layout *layout, uint8_t *panel, int64_t row, uint8_t *block, bool write) {
     for (int i = 0; i < layout->n_fields; i++) {
         const struct panel_field f = layout->fields[i];
-        uint8_t *p = panel + PANEL_ROWS * (n_blocks * f.plane + b * f.plane_size + f.at - f.plane) + row * f.chunk;
-        for (int at = 0; at < f.size; at += f.chunk, p += PANEL_ROWS * f.chunk) {
-            if (write) memcpy(p, block + f.offset + at, f.chunk);
-            else memcpy(block + f.offset + at, p, f.chunk);
+        for (int at = f.at; at < f.at + f.size; at += f.chunk) {
+            uint8_t *p = panel + PANEL_ROWS * at + row * f.chunk, *own = block + layout->order[at];
+            if (write) memcpy(p, own, f.chunk);
+            else memcpy(own, p, f.chunk);
         }
     }
 }
@@ -66,12 +87,12 @@ static void copy(int type, int64_t n_in, uint8_t *panels, uint8_t *data, size_t 
     while (size > 0) {
         const size_t at = offset % block, part = block - at < size ? block - at : size;
         const int64_t b = (int64_t)(offset / block) % n_blocks, row = (int64_t)(offset / block) / n_blocks;
-        uint8_t *panel = panels + (size_t)(row / PANEL_ROWS) * PANEL_ROWS * (size_t)n_blocks * block;
+        uint8_t *panel = panels + (size_t)(row / PANEL_ROWS * n_blocks + b) * PANEL_ROWS * block;
         uint8_t whole[256];
-        if (part < block || !write) copy_block(layout, n_blocks, panel, row % PANEL_ROWS, b, whole, false);
+        if (part < block || !write) copy_block(layout, panel, row % PANEL_ROWS, whole, false);
         if (write) {
             memcpy(whole + at, data, part);
-            copy_block(layout, n_blocks, panel, row % PANEL_ROWS, b, whole, true);
+            copy_block(layout, panel, row % PANEL_ROWS, whole, true);
         } else {
             memcpy(data, whole + at, part);
         }
@@ -197,28 +218,12 @@ INLINE __m512i nibbles(__m512i q, int half) {
     return _mm512_and_si512(half ? _mm512_srli_epi16(q, 4) : q, _mm512_set1_epi8(15));
 }
 
-enum { AHEAD = 4096 };
-
-/* Fetches the i-th of n parts of the block that begins AHEAD bytes from here. Without it a core gets 16 GB/s from memory; with
- * it 29 of 31 for Q4_0, as much as plain reading does, and 23 for Q4_K, whose parts are worked through one after the other
- * (Zen 4). Q5_K and Q6_K, where it is several at a time, do better with the second cache level: 20 to 24, and 10 with the
- * first. */
-INLINE void fetch(const uint8_t *block, int size, int i, int n, bool first_level) {
-    const char *p = (const char *)block + AHEAD;
-    const int lines = size / 64;
-    for (int k = lines * i / n; k < lines * (i + 1) / n; k++) {
-        if (first_level) _mm_prefetch(p + k * 64, _MM_HINT_T0);
-        else _mm_prefetch(p + k * 64, _MM_HINT_T1);
-    }
-}
-
 /* Q4_0, Q8_0: adds the products with T inputs to their sums. */
 INLINE void panel_blocks(int type, int64_t n_blocks, const uint8_t *panel, const uint8_t *const *xs, int T, __m512 *sum) {
     const int n_vectors = type == K_Q4_0 ? 4 : 8, size = 64 + 2 * n_vectors * 64;
     for (int64_t b = 0; b < 2 * n_blocks; b++) {
         const uint8_t *scales = panel + b % 2 * 32, *q = panel + 64 + b % 2 * n_vectors * 64;
         __m512i w[8];
-        if (T == 1) fetch(panel, size, (int)(b % 2), 2, true);
         UNROLL for (int i = 0; i < n_vectors; i++) {
             const __m512i v = bytes(q + i * 64);
             if (type == K_Q4_0) {
@@ -253,9 +258,9 @@ INLINE void k_scales(const uint8_t *p, __m128i scale[8], __m128i minimum[8]) {
     }
 }
 
-/* q with bit 4 of h. */
-INLINE __m512i with_bit(__m512i q, __m512i h) {
-    return _mm512_ternarylogic_epi32(q, h, _mm512_set1_epi8(16), 0xf8); /* q | h & 16 */
+/* q with those bits of h that the mask has. */
+INLINE __m512i with_bits(__m512i q, __m512i h, int mask) {
+    return _mm512_ternarylogic_epi32(q, h, _mm512_set1_epi8((char)mask), 0xf8); /* q | h & mask */
 }
 
 /* Q4_K, Q5_K. */
@@ -265,19 +270,20 @@ INLINE void panel_k(int type, int64_t n_blocks, const uint8_t *panel, const uint
         const uint8_t *d = panel, *dmin = d + 32, *s = dmin + 32, *high = s + 192, *q = high + high_size;
         __m128i scale[8], minimum[8];
         __m512i total[4], below[4];
+        /* Every quarter of q wants all of high: from memory it has to come before, or there are two streams of addresses. */
+        for (int at = 0; at < 256 + high_size && type == K_Q5_K; at += 64) _mm_prefetch((const char *)panel + at, _MM_HINT_T0);
         k_scales(s, scale, minimum);
         UNROLL for (int t = 0; t < T; t++) total[t] = below[t] = _mm512_setzero_si512();
         UNROLL for (int k = 0; k < 4; k++) { /* the low bits of 32 bytes, then their high bits */
             __m512i w[2][8];
-            if (T == 1) fetch(panel, size, k, 4, type == K_Q4_K);
             UNROLL for (int i = 0; i < 8; i++) {
                 const __m512i v = bytes(q + (k * 8 + i) * 64);
                 w[0][i] = nibbles(v, 0);
                 w[1][i] = nibbles(v, 1);
                 if (type == K_Q5_K) {
                     const __m512i h = bytes(high + i * 64);
-                    w[0][i] = with_bit(w[0][i], k < 2 ? _mm512_slli_epi16(h, 4 - 2 * k) : _mm512_srli_epi16(h, 2 * k - 4));
-                    w[1][i] = with_bit(w[1][i], k < 2 ? _mm512_slli_epi16(h, 3 - 2 * k) : _mm512_srli_epi16(h, 2 * k - 3));
+                    w[0][i] = with_bits(w[0][i], k < 2 ? _mm512_slli_epi16(h, 4 - 2 * k) : _mm512_srli_epi16(h, 2 * k - 4), 16);
+                    w[1][i] = with_bits(w[1][i], k < 2 ? _mm512_slli_epi16(h, 3 - 2 * k) : _mm512_srli_epi16(h, 2 * k - 3), 16);
                 }
             }
             UNROLL for (int j = 0; j < 2; j++) {
@@ -302,35 +308,36 @@ INLINE void panel_k(int type, int64_t n_blocks, const uint8_t *panel, const uint
 }
 
 /* Q6_K: of 128 values, bytes l of 64 have the low bits of values l and l + 64, and byte l of 32 the two high ones of values
- * l, l + 32, l + 64 and l + 96. */
+ * l, l + 32, l + 64 and l + 96: after its four steps, four groups of a part are complete. */
 INLINE void panel_q6_k(int64_t n_blocks, const uint8_t *panel, const uint8_t *const *xs, int T, __m512 *sum) {
-    const uint8_t *d = panel + 3328 * n_blocks;
-    for (int64_t b = 0; b < n_blocks; b++, panel += 3328, d += 32) {
-        const uint8_t *low = panel, *high = panel + 2048, *s = panel + 3072;
+    for (int64_t b = 0; b < n_blocks; b++) {
+        const __m512 by = halves(panel);
         __m512i total[4];
+        panel += 32;
         UNROLL for (int t = 0; t < T; t++) total[t] = _mm512_setzero_si512();
-        UNROLL for (int g = 0; g < 16; g++) { /* of 16 values each */
-            const int quarter = g % 8 / 2, first = g / 8 * 16 + quarter % 2 * 8 + g % 2 * 4;
-            __m512i w[4];
-            if (T == 1) fetch(panel, 3328, g, 16, false);
-            UNROLL for (int i = 0; i < 4; i++) {
-                const uint8_t *at = low + (first + i) * 64, *top = high + (g / 8 * 8 + g % 2 * 4 + i) * 64;
-                const __m512i h = bytes(top);
-                const __m512i bits = quarter == 0   ? _mm512_slli_epi16(h, 4)
-                                     : quarter == 1 ? _mm512_slli_epi16(h, 2)
-                                     : quarter == 2 ? h
-                                                    : _mm512_srli_epi16(h, 2);
-                w[i] = _mm512_or_si512(nibbles(bytes(at), quarter / 2), _mm512_and_si512(bits, _mm512_set1_epi8(48)));
-            }
-            const __m512i by = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(s + g * 16)));
+        UNROLL for (int part = 0; part < 4; part++, panel += 832) {
+            const int first = part / 2 * 8 + part % 2; /* of its groups, which are every second one from there on */
+            __m512i acc[4][4];
             UNROLL for (int t = 0; t < T; t++) {
-                const uint8_t *x = xs[t] + b * K_INPUT;
-                __m512i acc = four_bytes(x + 4 + g * 4);
-                UNROLL for (int i = 0; i < 4; i++) acc = _mm512_dpbusd_epi32(acc, w[i], four_bytes(x + 68 + g * 16 + i * 4));
-                total[t] = _mm512_add_epi32(total[t], _mm512_mullo_epi32(acc, by));
+                UNROLL for (int g = 0; g < 4; g++) acc[t][g] = four_bytes(xs[t] + b * K_INPUT + 4 + (first + 2 * g) * 4);
+            }
+            UNROLL for (int i = 0; i < 4; i++) {
+                const uint8_t *at = panel + 64 + i * 192;
+                const __m512i high = bytes(at), low = bytes(at + 64), low32 = bytes(at + 128); /* low32: of values 32 further on */
+                const __m512i w[4] = {with_bits(nibbles(low, 0), _mm512_slli_epi16(high, 4), 48),
+                                      with_bits(nibbles(low32, 0), _mm512_slli_epi16(high, 2), 48),
+                                      with_bits(nibbles(low, 1), high, 48),
+                                      with_bits(nibbles(low32, 1), _mm512_srli_epi16(high, 2), 48)};
+                UNROLL for (int t = 0; t < T; t++) {
+                    const uint8_t *x = xs[t] + b * K_INPUT + 68 + first * 16 + i * 4;
+                    UNROLL for (int g = 0; g < 4; g++) acc[t][g] = _mm512_dpbusd_epi32(acc[t][g], w[g], four_bytes(x + g * 32));
+                }
+            }
+            UNROLL for (int g = 0; g < 4; g++) {
+                const __m512i by = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(panel + g * 16)));
+                UNROLL for (int t = 0; t < T; t++) total[t] = _mm512_add_epi32(total[t], _mm512_mullo_epi32(acc[t][g], by));
             }
         }
-        const __m512 by = halves(d);
         UNROLL for (int t = 0; t < T; t++) {
             const __m512 scale = _mm512_mul_ps(by, one_float(xs[t] + b * K_INPUT));
             sum[t] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(total[t]), sum[t]);

@@ -1,9 +1,9 @@
 /* panels.h - matrices that are multiplied whole (attention, the deciding product, the head): kept in memory in a layout of
  * our own, so that few instructions go into a weight and memory's bandwidth is what bounds a token.
  *
- * A panel is 16 rows of a matrix of quantised weights. Its bytes are those of the rows, in another order: each field of
- * a block (panel_field in panels.c) is a plane of the panel, in which chunks of a few bytes alternate between rows. So
- * a vector of 64 bytes has 4 bytes of every row, and its 16 lanes sum up the 16 dot products.
+ * A panel is 16 rows of a matrix of quantised weights. Its bytes are those of the rows, in another order: of their first
+ * blocks, then of their second ones, and so on; of each field of a block (panel_field in panels.c) chunks of a few bytes, in
+ * turn from every row. So a vector of 64 bytes has 4 bytes of every row, and its 16 lanes sum up the 16 dot products.
  *
  * A product is the sum, in the order of the row's blocks, of a block's exact integer dot product times its scales, one
  * multiply-add each. It depends neither on threads nor on which products are computed together. Inputs are rounded as ggml
