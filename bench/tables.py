@@ -66,7 +66,7 @@ def _row(label: str, memory: str, name: str, entry: dict[str, Any], condition: d
         what,
         against,
         _shown(bound.get("bound_tps"), "{:.1f}"),
-        _shown(bound.get("fraction"), "{:.0%}"),
+        _shown(bound.get("fraction"), "{:.0%}") + _shown(bound.get("beside"), " ({:.0%})").lstrip("-"),
         _shown(entry["group_peak_bytes"] or entry["peak_bytes"], "{:.2f} GB", 1e-9),
         _shown(entry["bytes_read_per_token"], "{:.1f} MB", 1e-6),
         _shown(entry.get("cache_hit_rate"), "{:.0%}"),

@@ -49,6 +49,7 @@ from powerinfer_ext.placement import EXPERTS, Context, choose_ubatch, place
 FORMAT = "powerinfer.bench.v1"
 OVERHEAD = 256 << 20  # bytes that an interpreter, llama.cpp, a KV cache and compute buffers may need
 QUIET_WAIT = 30.0  # seconds to wait at most for a quiet machine before every round
+BESIDE = 0.6  # seconds that memory is measured for, before and after every run
 NORMAL_TOKEN = 1  # tokenizer.ggml.token_type
 
 Step = Callable[[str], None]
@@ -412,6 +413,7 @@ def _one_run(entry: figures.Series, work: figures.Workload, limit: int | None, c
     job = Job(
         entry.model, work.prompt, work.gen, work.threads, work.tokens, entry.extra_bufts, memory=limit
     )
+    memory = _memory_speed(BESIDE)
     with memory_limit.limited(limit) as bounds:
         before = _cpu_times()
         try:
@@ -426,6 +428,8 @@ def _one_run(entry: figures.Series, work: figures.Workload, limit: int | None, c
             entry.runs.append(None)
             return bounds.how
         after = _cpu_times()
+    memory += _memory_speed(BESIDE)
+    result["memory_gbps"] = max(memory) / 1e9 if memory else None
     result["others_cpu_share"] = _others_share(before, after, result["cpu_s"])
     result["page_cache_before_bytes"] = left
     result["page_cache_bytes"] = sum(map(memory_limit.cached_bytes, files))
@@ -510,10 +514,10 @@ def _speeds(path: str) -> dict[str, Any]:
     }
 
 
-def _memory_speed() -> list[float]:
+def _memory_speed(seconds: float = 3.0) -> list[float]:
     """One measurement of memory bandwidth; none where there is no room for it."""
     try:
-        return [roofline.memory_bandwidth()]
+        return [roofline.memory_bandwidth(seconds)]
     except MemoryError:
         return []
 
@@ -641,7 +645,8 @@ def sentences(condition: dict[str, Any]) -> list[str]:
                 if entry["disk_bytes_per_token"] and roof["disk_gbps"]
                 else ""
             )
-            + f" the limit is {entry['bound_tps']:.1f} tokens/s, of which {entry['fraction']:.0%} is reached."
+            + f" the limit is {entry['bound_tps']:.1f} tokens/s, of which {entry['fraction']:.0%} is reached"
+            + (f", {entry['beside']:.0%} of what memory gave just before or after." if entry["beside"] else ".")
         )
         measured = entry.get("measured")
         if measured is not None and measured["disk_bytes_per_token"]:

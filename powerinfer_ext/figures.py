@@ -261,7 +261,8 @@ def limits(
     Of several measurements of memory bandwidth the largest counts: the bound has to hold at all times. Where memory is
     limited there are two: `bound_tps` from what a cache of the limit's size should miss (hit_rates, by engine), and in
     `measured` the bound from what was really read per token, whose fraction says how well reading and computing
-    overlap.
+    overlap. `beside` is the fraction reached of what memory gave just before or after each run (the faster of the two;
+    median over the runs), where memory is not limited: on a machine whose memory changes its speed, `fraction` is not.
     """
     memory, disk = max(speeds["memory"], default=None), speeds["disk"]
     cache = machine.last_level_cache()
@@ -280,6 +281,7 @@ def limits(
             "ffn_neurons_bytes": parts.ffn_neurons,
             "decode_tps": reached,
             "fraction": reached / bound["bound_tps"],
+            "beside": _beside(good, parts) if limit is None else None,
             "hit_rate_from": expected.source if expected and limit is not None else None,
             "measured": _measured(named[name], parts, memory, speeds, reached) if limit is not None else None,
         }
@@ -312,6 +314,11 @@ def limits(
         "engines": engines,
         "notes": notes,
     }
+
+
+def _beside(runs: list[dict[str, Any]], parts: roofline.TokenBytes) -> float | None:
+    found = [run["decode_tps"] * parts.total / run["memory_gbps"] / 1e9 for run in runs if run.get("memory_gbps")]
+    return median(found) if found else None
 
 
 def _measured(

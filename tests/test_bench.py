@@ -48,7 +48,7 @@ def result(models: tuple[str, str]) -> dict[str, Any]:
     patch.setattr(figures, "OTHERS_THRESHOLD", 2.0)  # nor the machine quiet
     patch.setattr(bench, "_rates", lambda path, threads: plan.Speeds(2e10, 2e10, 2e10, 1e10, 3e10, None))
     patch.setattr(disk, "cost", lambda path, remeasure: disk.DiskCost(1e-5, 1e9, 1e-4))
-    patch.setattr(roofline, "memory_bandwidth", lambda: memory(0.02))
+    patch.setattr(roofline, "memory_bandwidth", lambda seconds: memory(0.02))
     patch.setattr(roofline, "disk_speeds", lambda path: reads(path, 0.005))
     found = bench.bench(models[1], engines=others, prompt=PROMPT, gen=GEN, runs=2, threads=2, step=steps.append)
     patch.undo()
@@ -79,6 +79,10 @@ def test_layout(result: dict[str, Any]) -> None:
     assert len(result["ratio"]["decode_runs"]) == 2
     assert result["roofline"]["memory_gbps"] > 0
     assert result["roofline"]["bound_tps"] > 0 and result["roofline"]["fraction"] > 0
+    for name, entry in (("stock", result["baseline"]), ("sparse", result["sparse"])):
+        bound = result["roofline"]["engines"][name]
+        rates = sorted(r["decode_tps"] * bound["bytes_per_token"] / r["memory_gbps"] / 1e9 for r in entry["runs"])
+        assert bound["beside"] == pytest.approx(sum(rates) / 2)
     assert {"cpu", "cpu_features", "cores", "read_ahead_kb", "versions"} <= result["machine"].keys()
     assert result["machine"]["versions"]["llama-cpp-python"]
     assert result["workload"]["prompt"] == PROMPT and result["conditions"] == []
