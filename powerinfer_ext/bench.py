@@ -49,7 +49,7 @@ from powerinfer_ext.placement import EXPERTS, Context, choose_ubatch, place
 FORMAT = "powerinfer.bench.v1"
 OVERHEAD = 256 << 20  # bytes that an interpreter, llama.cpp, a KV cache and compute buffers may need
 QUIET_WAIT = 30.0  # seconds to wait at most for a quiet machine before every round
-BESIDE = 0.6  # seconds that memory is measured for, before and after every run
+BESIDE = 0.6  # seconds that memory is read for, before and after every run
 NORMAL_TOKEN = 1  # tokenizer.ggml.token_type
 
 Step = Callable[[str], None]
@@ -413,7 +413,7 @@ def _one_run(entry: figures.Series, work: figures.Workload, limit: int | None, c
     job = Job(
         entry.model, work.prompt, work.gen, work.threads, work.tokens, entry.extra_bufts, memory=limit
     )
-    memory = _memory_speed(BESIDE)
+    memory = _memory_speed(BESIDE, mean=True)
     with memory_limit.limited(limit) as bounds:
         before = _cpu_times()
         try:
@@ -428,7 +428,7 @@ def _one_run(entry: figures.Series, work: figures.Workload, limit: int | None, c
             entry.runs.append(None)
             return bounds.how
         after = _cpu_times()
-    memory += _memory_speed(BESIDE)
+    memory += _memory_speed(BESIDE, mean=True)
     result["memory_gbps"] = max(memory) / 1e9 if memory else None
     result["others_cpu_share"] = _others_share(before, after, result["cpu_s"])
     result["page_cache_before_bytes"] = left
@@ -514,10 +514,10 @@ def _speeds(path: str) -> dict[str, Any]:
     }
 
 
-def _memory_speed(seconds: float = 3.0) -> list[float]:
+def _memory_speed(seconds: float = 3.0, *, mean: bool = False) -> list[float]:
     """One measurement of memory bandwidth; none where there is no room for it."""
     try:
-        return [roofline.memory_bandwidth(seconds)]
+        return [roofline.memory_bandwidth(seconds, mean=mean)]
     except MemoryError:
         return []
 

@@ -261,8 +261,9 @@ def limits(
     Of several measurements of memory bandwidth the largest counts: the bound has to hold at all times. Where memory is
     limited there are two: `bound_tps` from what a cache of the limit's size should miss (hit_rates, by engine), and in
     `measured` the bound from what was really read per token, whose fraction says how well reading and computing
-    overlap. `beside` is the fraction reached of what memory gave just before or after each run (the faster of the two;
-    median over the runs), where memory is not limited: on a machine whose memory changes its speed, `fraction` is not.
+    overlap. `beside` is the fraction reached of what memory gave on average just before or after each run (the
+    more of the two; median over the runs), where memory is not limited. Where that changes its
+    speed all the time, no run has its best.
     """
     memory, disk = max(speeds["memory"], default=None), speeds["disk"]
     cache = machine.last_level_cache()

@@ -11,7 +11,7 @@ import random
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -118,8 +118,8 @@ def io_uring_error() -> int:
     return 0
 
 
-def memory_bandwidth(seconds: float = 0.6) -> float:
-    """Bytes per second that all allowed cores together read from memory: the best pass within ``seconds``.
+def memory_bandwidth(seconds: float = 0.6, *, mean: bool = False) -> float:
+    """Bytes per second that all allowed cores together read from memory: the best pass within ``seconds``, or the mean.
 
     The buffer is several times the last-level cache; numpy's integer maximum runs at memory speed without
     the GIL. Raises MemoryError when there is not enough free memory for the buffer.
@@ -128,17 +128,19 @@ def memory_bandwidth(seconds: float = 0.6) -> float:
     if size > available_memory() // 2:
         raise MemoryError(f"{size // MIB} MiB for the measurement are not free")
     threads = len(os.sched_getaffinity(0))
-    parts = np.array_split(np.ones(size // 8, np.uint64), threads)
-    best = 0.0
+    return pass_rate(np.max, np.array_split(np.ones(size // 8, np.uint64), threads), seconds, mean=mean)
+
+
+def pass_rate(read: Callable[[np.ndarray], object], parts: list[np.ndarray], seconds: float, *, mean: bool) -> float:
+    """Bytes per second at which threads, one for each part, read all parts again and again: best pass, or the mean."""
+    size, passes = sum(part.nbytes for part in parts), []
     deadline = time.perf_counter() + seconds
-    with ThreadPoolExecutor(threads) as pool:
-        while True:
+    with ThreadPoolExecutor(len(parts)) as pool:
+        while not passes or time.perf_counter() < deadline:
             start = time.perf_counter()
-            list(pool.map(np.max, parts))
-            end = time.perf_counter()
-            best = max(best, size / (end - start))
-            if end > deadline:
-                return best
+            list(pool.map(read, parts))
+            passes.append(time.perf_counter() - start)
+    return size * len(passes) / sum(passes) if mean else size / min(passes)
 
 
 @dataclass(frozen=True)

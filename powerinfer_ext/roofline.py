@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,17 +108,19 @@ def _is_ffn_matrix(name: str, mixture: bool) -> bool:
 # ---- the machine ---------------------------------------------------------------------------------
 
 
-def memory_bandwidth(seconds: float = 3.0) -> float:
+def memory_bandwidth(seconds: float = 3.0, *, mean: bool = False) -> float:
     """Bytes per second that all allowed cores together read from memory, the best of two ways to read.
+
+    In the best pass within `seconds`, or in the mean of all.
 
     One is numpy's maximum (vector loads), the other libc's memchr for a byte that is not there (both
     without the GIL); which is faster depends on the CPU. Raises MemoryError when there is no room for the
     buffer.
     """
-    return max(machine.memory_bandwidth(seconds / 2), _memchr_bandwidth(seconds / 2))
+    return max(machine.memory_bandwidth(seconds / 2, mean=mean), _memchr_bandwidth(seconds / 2, mean))
 
 
-def _memchr_bandwidth(seconds: float) -> float:
+def _memchr_bandwidth(seconds: float, mean: bool) -> float:
     size = max(256 * machine.MIB, 4 * machine.last_level_cache())
     if size > machine.available_memory() // 2:
         raise MemoryError(f"{size // machine.MIB} MiB for the measurement are not free")
@@ -128,17 +128,8 @@ def _memchr_bandwidth(seconds: float) -> float:
     libc.memchr.restype = ctypes.c_void_p
     libc.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
     threads = len(os.sched_getaffinity(0))
-    buffer = np.ones(size, np.uint8)  # ones: the pages of zeros could all be the same one
-    parts = np.array_split(buffer, threads)
-    best, deadline = 0.0, time.perf_counter() + seconds
-    with ThreadPoolExecutor(threads) as pool:
-        while True:
-            start = time.perf_counter()
-            list(pool.map(lambda part: libc.memchr(part.ctypes.data, 2, part.nbytes), parts))
-            end = time.perf_counter()
-            best = max(best, size / (end - start))
-            if end > deadline:
-                return best
+    parts = np.array_split(np.ones(size, np.uint8), threads)  # ones: the pages of zeros could all be the same one
+    return machine.pass_rate(lambda part: libc.memchr(part.ctypes.data, 2, part.nbytes), parts, seconds, mean=mean)
 
 
 def disk_speeds(path: str, seconds: float = 0.4) -> list[machine.DiskSpeed]:

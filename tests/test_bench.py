@@ -48,7 +48,7 @@ def result(models: tuple[str, str]) -> dict[str, Any]:
     patch.setattr(figures, "OTHERS_THRESHOLD", 2.0)  # nor the machine quiet
     patch.setattr(bench, "_rates", lambda path, threads: plan.Speeds(2e10, 2e10, 2e10, 1e10, 3e10, None))
     patch.setattr(disk, "cost", lambda path, remeasure: disk.DiskCost(1e-5, 1e9, 1e-4))
-    patch.setattr(roofline, "memory_bandwidth", lambda seconds: memory(0.02))
+    patch.setattr(roofline, "memory_bandwidth", lambda seconds, mean: memory(0.02, mean=mean))
     patch.setattr(roofline, "disk_speeds", lambda path: reads(path, 0.005))
     found = bench.bench(models[1], engines=others, prompt=PROMPT, gen=GEN, runs=2, threads=2, step=steps.append)
     patch.undo()
