@@ -83,11 +83,13 @@ void io_get_stats(const struct io *io, struct io_stats *out);
 
 /* What a read of a given size costs on this device with `depth` in flight: seconds = latency + size / bandwidth.
  * Fitted from random reads of 4 KiB to 1 MiB within the file, taking about `seconds` in all and 8 MiB of memory, which
- * is also the most that is in flight. Device and file system only: a file in the page cache, or in the cache of a
- * virtual machine's host, looks as fast as it is. Returns 0 or -1. */
+ * is also the most that is in flight. Each place is read twice and the second time counts, as streaming reads the same
+ * cold weights again and again: where a virtual machine's host has a cache, the first reading can cost a hundred times
+ * as much (and measuring then takes seconds). Returns 0 or -1. */
 struct io_cost {
     double latency;   /* seconds per read at that depth: one over the rate of tiny reads; 0: lost in noise */
     double bandwidth; /* bytes per second for large reads */
+    double first;     /* how many times as long reads take at places that were not read before, 1 at least */
 };
 int io_measure(struct io *io, int file, uint64_t file_size, double seconds, struct io_cost *out, char *err,
                size_t err_len);

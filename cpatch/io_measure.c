@@ -16,6 +16,7 @@ enum {
     N_ROUNDS = 3,      /* of which the median counts: another program may use the device too */
     SCRATCH = 8 << 20, /* bytes in flight at most: enough to fill any queue with large reads */
     MAX_READS = SCRATCH / SMALLEST,
+    MAX_PLACES = 4096, /* that are read twice */
     HUGE_PAGE = 2 << 20,
 };
 
@@ -40,22 +41,29 @@ struct run {
     int n_free;    /* reads that are not in flight, and their numbers */
     int free[MAX_READS];
     struct io_read reads[MAX_READS];
+    uint64_t places[MAX_PLACES]; /* offsets of what was read for the first time */
+    int n_places, next;          /* next: which of them to read again */
 };
 
-/* Submits as many reads of this size as the io takes. */
-static void submit(struct run *r, uint32_t size) {
-    const uint64_t places = (r->file_size - size) / SMALLEST + 1;
-    for (int i = 0; i < r->n_free; i++) {
+/* Submits as many reads of this size as the io takes: at places that have been read already, or at new ones. */
+static void submit(struct run *r, uint32_t size, bool again) {
+    const uint64_t n_offsets = (r->file_size - size) / SMALLEST + 1;
+    const int most = !again && MAX_PLACES - r->n_places < r->n_free ? MAX_PLACES - r->n_places : r->n_free;
+    for (int i = 0; i < most; i++) {
         const int number = r->free[r->n_free - 1 - i];
+        if (!again) r->places[r->n_places + i] = next_random(&r->random) % n_offsets * SMALLEST;
         r->reads[i] = (struct io_read){
             .file = r->file,
-            .offset = next_random(&r->random) % places * SMALLEST,
+            .offset = r->places[again ? (r->next + i) % r->n_places : r->n_places + i],
             .size = size,
             .dst = r->scratch + (size_t)number * size,
             .tag = (uint64_t)number,
         };
     }
-    r->n_free -= io_submit(r->io, r->reads, r->n_free);
+    const int taken = io_submit(r->io, r->reads, most);
+    r->n_free -= taken;
+    if (again) r->next = (r->next + taken) % r->n_places;
+    else r->n_places += taken;
 }
 
 /* Collects what there is, waiting for at least one. Returns 0 or the errno of a read that failed. */
@@ -71,20 +79,22 @@ static int collect(struct run *r, uint64_t *finished) {
     return error;
 }
 
-/* Reads for that many seconds with the queue kept full. Seconds per read, or minus the errno of a read that failed. */
-static double time_reads(struct run *r, uint32_t size, double seconds) {
+/* Reads for that many seconds, or until places are full, with the queue kept full. Seconds per read, or minus the errno
+ * of a read that failed. */
+static double time_reads(struct run *r, uint32_t size, double seconds, bool again) {
     const double start = now();
     uint64_t finished = 0;
     int error = 0;
-    r->n_free = 0;
+    r->n_free = r->next = 0;
+    if (!again) r->n_places = 0;
     while (r->n_free < SCRATCH / (int)size) {
         r->free[r->n_free] = r->n_free;
         r->n_free++;
     }
     do {
-        submit(r, size);
+        submit(r, size, again);
         error = collect(r, &finished);
-    } while (error == 0 && now() - start < seconds);
+    } while (error == 0 && now() - start < seconds && (again || r->n_places < MAX_PLACES));
     while (io_in_flight(r->io) > 0) {
         const int late = collect(r, &finished);
         if (error == 0) error = late;
@@ -115,19 +125,25 @@ static double median_of_three(const double *x) {
     return x[2] < low ? low : x[2] > high ? high : x[2];
 }
 
-/* Fills in the sizes that fit into the file and what a read of each costs. Returns how many, or minus an errno. */
-static int measure_sizes(struct run *r, double seconds, double *sizes, double *costs) {
-    double rounds[N_SIZES][N_ROUNDS];
+/* Fills in the sizes that fit into the file and what a read of each costs, at new places and at known ones. Returns how
+ * many, or minus an errno. */
+static int measure_sizes(struct run *r, double seconds, double *sizes, double costs[2][N_SIZES]) {
+    double rounds[2][N_SIZES][N_ROUNDS];
     int n = 0;
     for (int round = 0; round < N_ROUNDS; round++) {
         uint32_t size = SMALLEST;
         for (n = 0; n < N_SIZES && size <= r->file_size; n++, size *= STEP) {
             sizes[n] = size;
-            rounds[n][round] = time_reads(r, size, seconds / (N_SIZES * N_ROUNDS));
-            if (rounds[n][round] < 0) return (int)rounds[n][round];
+            for (int again = 0; again < 2; again++) {
+                const double found = time_reads(r, size, seconds / (2 * N_SIZES * N_ROUNDS), again);
+                if (found < 0) return (int)found;
+                rounds[again][n][round] = found;
+            }
         }
     }
-    for (int i = 0; i < n; i++) costs[i] = median_of_three(rounds[i]);
+    for (int i = 0; i < n; i++) {
+        for (int again = 0; again < 2; again++) costs[again][i] = median_of_three(rounds[again][i]);
+    }
     return n;
 }
 
@@ -155,7 +171,7 @@ int io_measure(struct io *io, int file, uint64_t file_size, double seconds, stru
     memset(scratch, 0, SCRATCH); /* page faults now, not in the first reads */
     *r = (struct run){.io = io, .file = file, .file_size = file_size, .scratch = scratch};
     r->random = 0x9e3779b97f4a7c15u;
-    double sizes[N_SIZES], costs[N_SIZES];
+    double sizes[N_SIZES], costs[2][N_SIZES], first = 0;
     const int n = measure_sizes(r, seconds, sizes, costs);
     free(scratch);
     free(r);
@@ -163,6 +179,8 @@ int io_measure(struct io *io, int file, uint64_t file_size, double seconds, stru
         snprintf(err, err_len, "reading to measure the device failed: %s", strerror(-n));
         return -1;
     }
-    fit(sizes, costs, n, out);
+    fit(sizes, costs[1], n, out);
+    for (int i = 0; i < n; i++) first += costs[0][i] / costs[1][i] / n;
+    out->first = first > 1 ? first : 1;
     return 0;
 }

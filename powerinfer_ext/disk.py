@@ -1,7 +1,8 @@
 """What a random read costs on a device, measured once and remembered: cpatch/io.h's io_measure.
 
-The measurement takes a third of a second, so it is kept per device in $XDG_CACHE_HOME/powerinfer-ext/disk.json
-(~/.cache by default). A folder that cannot be written to costs a measurement per process, and nothing else.
+The measurement takes a third of a second, or seconds where a virtual machine's host has to fetch what was not read
+before, so it is kept per device in $XDG_CACHE_HOME/powerinfer-ext/disk.json (~/.cache by default). A folder that cannot
+be written to costs a measurement per process, and nothing else.
 """
 
 from __future__ import annotations
@@ -26,11 +27,16 @@ _measured: dict[str, DiskCost] = {}  # of this process, by device
 
 @dataclass(frozen=True)
 class DiskCost:
-    """Seconds of a read with `DEPTH` in flight: latency + size / bandwidth. round_trip: of one small read alone."""
+    """Seconds of a read with `DEPTH` in flight: latency + size / bandwidth. round_trip: of one small read alone.
+
+    All of places that were read before, as a streamed model reads the same ones again and again; first: how many times
+    as long the first reading takes.
+    """
 
     latency: float
     bandwidth: float  # bytes per second
     round_trip: float
+    first: float = 1.0
 
     def seconds(self, n_bytes: float, reads: float) -> float:
         """Of so many bytes in so many reads, all of them wanted at once."""
@@ -82,13 +88,13 @@ def _measure(path: str | os.PathLike[str], size: int) -> DiskCost | None:
     if many is None or one is None:
         return None
     # At depth 1 the line's intercept is noisy where reads are fast: never below that of many at once.
-    return DiskCost(many[0], many[1], max(one[0], many[0]))
+    return DiskCost(many[0], many[1], max(one[0], many[0]), many[2])
 
 
 def _measure_at(
     path: str | os.PathLike[str], size: int, depth: int, seconds: float
-) -> tuple[float, float] | None:
-    """(latency, bandwidth) with that many reads in flight; None when it cannot be read past the page cache."""
+) -> tuple[float, float, float] | None:
+    """(latency, bandwidth, first) with that many reads in flight; None when it cannot be read past the page cache."""
     from powerinfer_ext.loader import native
 
     ffi, lib = native()
@@ -102,7 +108,7 @@ def _measure_at(
         found = ffi.new("struct io_cost *")
         if not lib.io_direct(io, 0) or lib.io_measure(io, 0, size, seconds, found, message, 256) != 0:
             return None
-        return found.latency, found.bandwidth
+        return found.latency, found.bandwidth, found.first
     finally:
         lib.io_close(io)
 
@@ -110,11 +116,11 @@ def _measure_at(
 def _remembered(device: str) -> DiskCost | None:
     try:
         entry = json.loads(cache_file().read_text())[device]
-        found = DiskCost(*(float(entry[key]) for key in ("latency", "bandwidth", "round_trip")))
+        found = DiskCost(*(float(entry[key]) for key in ("latency", "bandwidth", "round_trip", "first")))
         fresh = 0 <= time.time() - float(entry["time"]) < _VALID
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not there, damaged, or of another version: measure
-    sane = found.latency >= 0 and found.round_trip >= 0 and 0 < found.bandwidth < 1e12
+    sane = found.latency >= 0 and found.round_trip >= 0 and 0 < found.bandwidth < 1e12 and found.first >= 1
     return found if fresh and sane else None
 
 

@@ -299,7 +299,7 @@ def mean(measured: list[Speeds]) -> Speeds:
         return [float(np.mean([getattr(thing, name) for thing in things])) for name in names]
 
     disks = [each.disk for each in measured if each.disk is not None]
-    device = disk.DiskCost(*means(disks, "latency", "bandwidth", "round_trip")) if disks else None
+    device = disk.DiskCost(*means(disks, "latency", "bandwidth", "round_trip", "first")) if disks else None
     return Speeds(*means(measured, "stock", "panels", "experts", "neurons", "memory"), device)
 
 
