@@ -246,8 +246,9 @@ static uint8_t *staging_of(const struct flash *f, const struct pending *p) {
 static void pump(struct flash *f) {
     while (f->queue_size > 0) {
         struct io_read reads[MAX_BATCH];
+        const int room = f->options.depth - io_in_flight(f->io), most = room < MAX_BATCH ? room : MAX_BATCH;
         int n = 0;
-        while (n < f->queue_size && n < MAX_BATCH) {
+        while (n < f->queue_size && n < most) {
             const int tag = f->queue[(f->queue_head + n) % MAX_PENDING];
             struct pending *p = &f->pending[tag];
             const struct store *s = p->store;
