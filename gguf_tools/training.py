@@ -217,8 +217,8 @@ def for_flash(m: Material, predictor: Predictor, recall: float, in_memory: int, 
     scores, fired = predictor.scores(m.x[m.tune]), m.fired[m.tune]
     place = np.empty(m.n_ff)
     place[np.argsort(-m.fired[m.train].mean(axis=0), kind="stable")] = np.arange(m.n_ff)
-    # Nobody knows which neurons are in memory when it runs, only how frequent they are: so no sharp edge.
-    rare = np.clip((place / max(in_memory, 1) - 0.5) / 0.9, 0, 1).astype(np.float32) * scores.std()
+    # At the edge it is not certain which are in memory when it runs; a wider slope than this reads more.
+    rare = np.clip((place / max(in_memory, 1) - 0.9) / 0.2, 0, 1).astype(np.float32) * scores.std()
     least, best = np.inf, np.zeros(m.n_ff, np.float32)
     for handicap in _HANDICAPS:
         taken_off = handicap * rare
