@@ -103,8 +103,9 @@ def fit(
             candidates += tried
             notes += [note] if note else []
             if selected is not None:  # more of what is in memory, less of the rest: that is what caches will see
-                stored = order.stored_order(selected, fired, hot[ffn.unit])
-                found[ffn.unit] = Calibrated(order=stored, frequency=selected, hot_count=hot[ffn.unit])
+                frequency = selected.mean(axis=0, dtype=np.float32)
+                stored = order.stored_order(frequency, selected, hot[ffn.unit])
+                found[ffn.unit] = Calibrated(order=stored, frequency=frequency, hot_count=hot[ffn.unit])
             if predictor:
                 found[ffn.unit] = Calibrated(**{**vars(found[ffn.unit]), "predictor": predictor})
         if progress:
@@ -163,7 +164,7 @@ def _predictor(
     everything: bool,
     in_memory: int | None,
 ) -> tuple[Predictor | None, np.ndarray | None, list[Candidate], str | None]:
-    """The best predictor of an FFN, how often it selects each neuron if it spares those on flash, all that were tried,
+    """The best predictor of an FFN, what it selects for some tokens if it spares neurons on flash, all that were tried,
     and, without a predictor, why the layer stays exact. in_memory: neurons that will not be on flash; None: all."""
     kept = profile.folder / f"predictor-{ffn.unit}.npz"
     loaded = None if everything else _load(kept, settings)
@@ -203,7 +204,7 @@ def _predictor(
 def _for_flash(
     m: training.Material, ffn: FFN, predictor: Predictor, recall: float, in_memory: int
 ) -> tuple[Predictor, np.ndarray]:
-    """The predictor that spares neurons on flash, and how often it selects each."""
+    """The predictor that spares neurons on flash, and which it selects for some tokens."""
     sparing = training.for_flash(m, predictor, recall, in_memory, ffn.decider.nbytes // ffn.n_ff)
     return sparing, training.selected(m, sparing)
 

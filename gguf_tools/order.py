@@ -16,7 +16,7 @@ COVERED = 0.8  # the share of firings that hot neurons make up by default
 GAP = 16 << 10  # bytes that are read through rather than skipped: a second read would take longer
 
 _TOKENS = 4096  # of which co-activation is taken
-_DIMENSIONS, _OVERSAMPLING = 64, 16
+_DIMENSIONS, _OVERSAMPLING = 128, 16
 _MEMORY = 0.5  # weight of the neuron before last, against the last
 
 
@@ -30,7 +30,7 @@ def hot_count(frequency: np.ndarray, covered: float = COVERED) -> int:
 
 def stored_order(frequency: np.ndarray, fired: np.ndarray | None, hot: int, seed: int = 0) -> np.ndarray:
     """int32 [n_ff], stored -> source: `hot` neurons by frequency, then the others by co-activation in `fired`, bool
-    [tokens, n_ff] (None: by frequency)."""
+    [tokens, n_ff]: which are wanted, as they fire or a predictor selects them (None: by frequency)."""
     order = np.argsort(-frequency, kind="stable").astype(np.int32)
     cold = order[hot:]
     if fired is None or len(cold) < 3:

@@ -233,12 +233,10 @@ def for_flash(m: Material, predictor: Predictor, recall: float, in_memory: int, 
 
 
 def selected(m: Material, predictor: Predictor) -> np.ndarray:
-    """float32 [n_ff]: the share of tokens for which it selects a neuron, on a sample of all."""
+    """bool [tokens, n_ff]: which neurons it selects for a sample of all tokens."""
     sample = _spread(np.arange(len(m.x)), _COUNTED_TOKENS)
-    counts = np.zeros(m.n_ff)
-    for part in range(0, len(sample), _SOME):
-        counts += (predictor.scores(m.x[sample[part : part + _SOME]]) > 0).sum(axis=0)
-    return (counts / len(sample)).astype(np.float32)
+    parts = (predictor.scores(m.x[sample[at : at + _SOME]]) > 0 for at in range(0, len(sample), _SOME))
+    return np.concatenate(list(parts))
 
 
 # ---- linear ------------------------------------------------------------------------------------------------
