@@ -199,20 +199,27 @@ static void round_hidden(struct work *w, int thread) {
     }
 }
 
+/* What a predictor gives n <= TILE neurons (selected: more than zero) for an input as pred_b takes it. */
+static void predictor_scores(const struct pi_layer *layer, const void *input, const int32_t *neurons, int n, float *scores) {
+    const struct pi_layer_spec *spec = &layer->spec;
+    const int64_t n_in = pi_has_hidden(spec->predictor) ? spec->rank : spec->n_embd;
+    const size_t row = abi_row_size(spec->pred_b_type, n_in);
+    const uint8_t *rows[TILE];
+    for (int k = 0; k < n; k++) rows[k] = layer->pred_b + (size_t)neurons[k] * row;
+    kernel_dots(spec->pred_b_type, n_in, rows, n, input, scores);
+    for (int k = 0; k < n; k++) scores[k] += layer->pred_bias[neurons[k]];
+}
+
 /* wanted[0..n) = does the predictor select the neurons from j on, for row r of the set (a predicted layer has no experts,
  * so its rows are in one sequence)? */
 static void predict(const struct work *w, int r, int32_t j, int n, uint8_t *wanted) {
-    const struct pi_layer_spec *spec = &w->layer->spec;
-    const bool lowrank = pi_has_hidden(spec->predictor);
-    const int64_t n_in = lowrank ? spec->rank : spec->n_embd;
-    const size_t row = abi_row_size(spec->pred_b_type, n_in);
-    const void *input = lowrank ? w->zq + (size_t)r * w->zq_size
-                                : input_of(w, &w->blocks[0].rows[r], w->pred_input);
-    const uint8_t *rows[TILE];
+    const void *input = pi_has_hidden(w->layer->spec.predictor) ? w->zq + (size_t)r * w->zq_size
+                                                                : input_of(w, &w->blocks[0].rows[r], w->pred_input);
+    int32_t neurons[TILE];
     float scores[TILE];
-    for (int k = 0; k < n; k++) rows[k] = w->layer->pred_b + (size_t)(j + k) * row;
-    kernel_dots(spec->pred_b_type, n_in, rows, n, input, scores);
-    for (int k = 0; k < n; k++) wanted[k] = scores[k] + w->layer->pred_bias[j + k] > 0.0f;
+    for (int k = 0; k < n; k++) neurons[k] = j + k;
+    predictor_scores(w->layer, input, neurons, n, scores);
+    for (int k = 0; k < n; k++) wanted[k] = scores[k] > 0.0f;
 }
 
 /* Selects for one row among n neurons from j on, and settles the activations that are zero. In h, the deciding products
@@ -510,24 +517,20 @@ static const struct pi_layer *layer_to_read_ahead(const struct work *w, int n_ro
 static void read_ahead(struct work *w, int thread) {
     const struct pi_layer *next = w->next;
     const struct pi_layer_spec *spec = &next->spec;
-    const size_t row = abi_row_size(spec->pred_b_type, spec->rank);
     uint8_t *zq = w->next_zq + (size_t)thread * w->next_zq_size;
     hidden(next, input_of(w, &w->blocks[0].rows[0], w->pred_input), thread, w->n_threads, w->next_z);
 #pragma omp barrier
     kernel_round_input(kernel_input_type(spec->pred_b_type), spec->rank, w->next_z, zq);
     for (int64_t tile = (int64_t)TILE * thread; tile < spec->n_ff; tile += (int64_t)TILE * w->n_threads) {
         int32_t units[TILE];
-        const uint8_t *rows[TILE];
         float scores[TILE];
         int n = 0, wanted = 0;
         for (int64_t j = tile; j < tile + TILE && j < spec->n_ff; j++) {
-            if (store_has(next->store, (uint32_t)j)) continue;
-            rows[n] = next->pred_b + (size_t)j * row;
-            units[n++] = (int32_t)j;
+            if (!store_has(next->store, (uint32_t)j)) units[n++] = (int32_t)j;
         }
-        kernel_dots(spec->pred_b_type, spec->rank, rows, n, zq, scores);
+        predictor_scores(next, zq, units, n, scores);
         for (int k = 0; k < n; k++) {
-            if (scores[k] + next->pred_bias[units[k]] > 0.0f) units[wanted++] = units[k];
+            if (scores[k] > 0.0f) units[wanted++] = units[k];
         }
         if (wanted > 0) (void)store_want(next->store, units, wanted, true);
     }

@@ -30,7 +30,7 @@ enum {
 struct pending {
     struct store *store;
     uint32_t first, last;
-    int staging; /* index, -1: direct or not submitted yet */
+    int staging, pages; /* its memory's first page (-1: direct, or not submitted yet) and how many */
 };
 
 struct flash {
@@ -210,16 +210,11 @@ static struct io_read read_of(const struct pending *p, int tag, uint8_t *dst) {
                             .tag = (uint64_t)tag};
 }
 
-/* Pages of staging memory that a read takes. */
-static int staging_pages(const struct flash *f, const struct pending *p) {
-    const struct io_read read = read_of(p, 0, NULL);
-    return (int)((io_window(read.offset, read.size, io_align(f->io)) + STAGING_PAGE - 1) / STAGING_PAGE);
-}
-
 /* Takes staging memory for a read; false: there is none. Reads end about in the order in which they began, so the place
  * behind the last is the one to look at first. */
 static bool take_staging(struct flash *f, struct pending *p) {
-    const int n = staging_pages(f, p);
+    const struct io_read read = read_of(p, 0, NULL);
+    const int n = (int)((io_window(read.offset, read.size, io_align(f->io)) + STAGING_PAGE - 1) / STAGING_PAGE);
     int at = f->staging_next + n <= f->n_staging ? f->staging_next : 0, free = 0;
     for (int looked = 0; looked < f->n_staging + n; looked++) {
         if (at + free == f->n_staging) at = free = 0;
@@ -230,11 +225,12 @@ static bool take_staging(struct flash *f, struct pending *p) {
     memset(f->staging_used + at, 1, (size_t)n);
     f->staging_next = at + n;
     p->staging = at;
+    p->pages = n;
     return true;
 }
 
 static void free_staging(struct flash *f, struct pending *p) {
-    if (p->staging >= 0) memset(f->staging_used + p->staging, 0, (size_t)staging_pages(f, p));
+    if (p->staging >= 0) memset(f->staging_used + p->staging, 0, (size_t)p->pages);
     p->staging = -1;
 }
 
