@@ -3,7 +3,8 @@
 Hot neurons are the fewest that make up a share of all firings (PowerInfer, arXiv 2312.12456); they stay in memory.
 Cold neurons are read from flash when they are wanted, and neighbours that are wanted together are one read
 (LLM in a flash, 2312.11514, calls it bundling by co-activation). They are chained greedily: each is followed by the
-neuron that fires most often together with it, and with those just before it.
+neuron that is wanted most often together with it, and with those just before it. Wanted is what fires, or, where a
+predictor was made for the memory there is, what that selects.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def stored_order(frequency: np.ndarray, fired: np.ndarray | None, hot: int, seed
 
 
 def _embedding(fired: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """float32 [neurons, dimensions], whose inner products are about how often two neurons fire together."""
+    """float32 [neurons, dimensions], whose inner products are about how often two neurons are wanted together."""
     x = np.ascontiguousarray(fired.T, dtype=np.float32)
     width = _DIMENSIONS + _OVERSAMPLING
     if x.shape[0] <= width or x.shape[1] <= width:

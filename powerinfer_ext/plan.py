@@ -5,9 +5,9 @@ The cost of a decoded token is predicted from what it touches and what it misses
     compute   bytes of the weights it touches over the speed at which this machine multiplies such weights: stock's
               matrix products for attention, head and deciding matrices, our kernels for neurons and experts (all
               measured in a second, not derived from bandwidth), and a constant for every block
-    disk      reads x (latency + `_READ`) + missing bytes / bandwidth (`disk.DiskCost`, measured once per device), and
-              a round trip for every layer that has to wait. Missing is what is asked for and not in a cache of the
-              slots that `placement` would give out (`hits`)
+    disk      reads x (latency + `_READ`) + missing bytes / bandwidth (`disk.DiskCost`, measured at places that were
+              read before), and a round trip for every layer that has to wait. Missing is what is asked for and not in
+              a cache of the slots that `placement` would give out (`hits`)
     token     the slower of the two and a part of the other: reading hides the computing of the neurons that are there
               already; of predicted neurons, which are read a layer ahead, of experts and tiles `_OVERLAP`
 
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -62,6 +63,7 @@ _READ = 3e-6  # seconds of a read beside the device's: finding a slot, submittin
 # Share of reading or computing that the other one hides; a layer's predicted neurons are mostly read while the one
 # before it is computed.
 _OVERLAP = {"experts": 0.6, "tiles": 0.5, "predicted neurons": 0.8}
+_FIRST = 2.0  # times as long that first readings of a place have to take to be mentioned
 _MMAP_SHARE = 0.3  # of the disk's bandwidth that page faults with a read-ahead of 128 KiB reach
 _WHOLE = 128 << 20  # bytes that speeds are measured on, at least
 _I8 = 24
@@ -109,6 +111,13 @@ class Model:
         """How many there are."""
         metadata = self.files.first.metadata
         return int(metadata.get(f"{metadata.get('general.architecture')}.block_count", 0))
+
+    @cached_property
+    def panels(self) -> frozenset[str]:
+        """The tensors that are multiplied in panels where we load the model."""
+        from powerinfer_ext.loader import panel_names
+
+        return frozenset(panel_names(self.sources, self.files.sparse is not None))
 
     @property
     def mixture(self) -> bool:
@@ -493,13 +502,11 @@ class _Cost:
 
 def predict(model: Model, placement: Placement, speeds: Speeds) -> Row:
     """What decoding a token would be like with `placement`."""
-    from powerinfer_ext.loader import panel_names
-
     cost = _Cost(compute=model.blocks * _BLOCK)
     ours = {matrix.source.name for matrix in placement.matrices if matrix.kind in ("experts", "tiles")}
     tied = all(source.name != "output.weight" for source in model.sources)
     loaded_by_us = model.files.sparse is not None or placement.streams
-    panels = set(panel_names(model.sources, model.files.sparse is not None)) if loaded_by_us else set()
+    panels = model.panels if loaded_by_us else frozenset()
     for source in model.sources:
         looked_up = source.name == "token_embd.weight" and not tied
         if source.name in ours or source.file < 0 or looked_up:
@@ -709,12 +716,15 @@ def plan(
             + ([{"model": name, **asdict(stock)}] if stock else []),
             "choice": chosen,
             "assumptions": [
-                line
-                for m in models
-                for line in (
-                    f"{m.name}: {m.density:.1%} of the (routed) neurons are computed ({m.density_from})",
-                    f"{m.name}: hit rates of the cache from {m.hit_rate.source}",
-                )
+                *(
+                    line
+                    for m in models
+                    for line in (
+                        f"{m.name}: {m.density:.1%} of the (routed) neurons are computed ({m.density_from})",
+                        f"{m.name}: hit rates of the cache from {m.hit_rate.source}",
+                    )
+                ),
+                *_about_first_reads(chosen, speeds.disk),
             ],
             "speeds": {
                 "stock_gbps": speeds.stock / 1e9,
@@ -747,6 +757,15 @@ def _choose(models: list[Model], budget: int | None, context: Context, speeds: S
         others = ", ".join(f"{other.decode_tps:.1f} tokens/s as {m.name}" for m, other in found if other is not best)
         reason += f"; {others}"
     return {"model": model.name, **asdict(best), "reason": reason}
+
+
+def _about_first_reads(chosen: dict[str, Any] | None, device: disk.DiskCost | None) -> list[str]:
+    if chosen is None or not chosen["missing_bytes"] or device is None or device.first < _FIRST:
+        return []
+    return [
+        f"what is streamed has been read before; here a first reading takes {device.first:.0f} times as long, so the "
+        "first tokens will be slower"
+    ]
 
 
 def _why(row: Row) -> str:

@@ -434,6 +434,7 @@ def measure(io: Io, size: int, seconds: float = 0.05) -> tuple[float, float] | s
     cost, err = ffi.new("struct io_cost *"), ffi.new("char[256]")
     if lib.io_measure(io.io, 0, size, seconds, cost, err, 256) != 0:
         return ffi.string(err).decode()
+    assert 1 <= cost.first < 1e6
     return cost.latency, cost.bandwidth
 
 

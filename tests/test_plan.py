@@ -189,6 +189,14 @@ def test_everything_in_memory_costs_what_it_touches(files: dict[str, str]) -> No
     assert any("25.0% of the (routed) neurons" in line for line in found["assumptions"])
 
 
+def test_slow_first_readings_are_mentioned_where_something_is_read(files: dict[str, str]) -> None:
+    slow = replace(SPEEDS, disk=replace(DEVICE, first=50.0))
+    for speeds, budget, said in ((slow, "60%", True), (slow, None, False), (SPEEDS, "60%", False)):
+        found = plan.plan(files["sparse"], budget, speeds=speeds, process=0, n_ctx=64)
+        assert found["choice"] is not None and (found["choice"]["reads"] > 0) == (budget is not None)
+        assert any("50 times as long" in line for line in found["assumptions"]) == said
+
+
 def test_less_memory_is_slower_and_too_little_is_refused(files: dict[str, str]) -> None:
     for kind in ("sparse", "mixture"):
         least = next(
