@@ -17,7 +17,10 @@ static const char DEVICE_NAME[] = "POWERINFER";
 
 enum {
     ATTENTION_TOKENS = 16, /* more go to stock's products of matrices */
-    ATTENTION_ROWS = 128   /* of the cache, that a thread takes at a time */
+    /* Rows of the cache that are taken at a time: few keys, but all heads', which lie together; the values of a head. */
+    ATTENTION_KEYS = 16,
+    ATTENTION_VALUES = 128,
+    ATTENTION_GROUP = 4    /* inputs that meet them together */
 };
 
 /* One per llama_context. */
@@ -315,8 +318,9 @@ static int compute_panels(struct backend_context *c, struct ggml_tensor *node) {
 static int compute_attention(struct backend_context *c, struct ggml_tensor *node) {
     const struct ggml_tensor *rows = node->src[0], *x = node->src[1];
     const int64_t n = rows->ne[0], n_rows = rows->ne[1], n_tokens = x->ne[1], n_x = n_tokens * x->ne[2];
-    const int64_t stride = attention_stride(n), n_parts = (n_rows + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
-    const int64_t share = x->ne[2] / rows->ne[2];
+    const int64_t stride = attention_stride(n);
+    const int64_t most = rows->nb[2] < rows->nb[1] ? ATTENTION_KEYS : ATTENTION_VALUES, n_parts = (n_rows + most - 1) / most;
+    const int64_t sharing = x->ne[2] / rows->ne[2] * n_tokens, n_groups = (sharing + ATTENTION_GROUP - 1) / ATTENTION_GROUP;
     float *rounded = ffn_scratch_reserve(&c->inputs, (size_t)(n_x * stride) * sizeof *rounded);
     if (rounded == NULL) return ABI_STATUS_ALLOC_FAILED;
 #pragma omp parallel num_threads(c->n_threads)
@@ -324,11 +328,17 @@ static int compute_attention(struct backend_context *c, struct ggml_tensor *node
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < n_x; r++) attention_round(n, row_at(x, r % n_tokens, r / n_tokens), rounded + r * stride);
 #pragma omp for schedule(static)
-        for (int64_t k = 0; k < n_x * n_parts; k++) {
-            const int64_t r = k / n_parts, from = k % n_parts * ATTENTION_ROWS, head = r / n_tokens;
-            attention_dots(row_at(rows, from, head / share), rows->nb[1], n,
-                           n_rows - from < ATTENTION_ROWS ? n_rows - from : ATTENTION_ROWS, rounded + r * stride,
-                           (float *)row_at(node, r % n_tokens, head) + from);
+        for (int64_t k = 0; k < rows->ne[2] * n_parts * n_groups; k++) {
+            const int64_t head = k / n_groups % rows->ne[2], from = k / n_groups / rows->ne[2] * most;
+            const int64_t first = head * sharing + k % n_groups * ATTENTION_GROUP, left = (head + 1) * sharing - first;
+            const int some = (int)(left < ATTENTION_GROUP ? left : ATTENTION_GROUP);
+            const float *xs[ATTENTION_GROUP];
+            float *out[ATTENTION_GROUP];
+            for (int i = 0; i < some; i++) {
+                xs[i] = rounded + (first + i) * stride;
+                out[i] = (float *)row_at(node, (first + i) % n_tokens, (first + i) / n_tokens) + from;
+            }
+            attention_dots(row_at(rows, from, head), rows->nb[1], n, n_rows - from < most ? n_rows - from : most, xs, some, out);
         }
     }
     return ABI_STATUS_SUCCESS;

@@ -4,6 +4,7 @@
 
 #include "ffn_tiles.h"
 #include "kernels.h"
+#include "panels.h"
 #include "tiles.h"
 
 #include <math.h>
@@ -191,35 +192,41 @@ static void predict_hidden(struct work *w, int thread) {
     }
 }
 
-static void round_hidden(struct work *w, int thread) {
-    const struct pi_layer_spec *spec = &w->layer->spec;
-    for (int r = thread; r < w->n_rows; r += w->n_threads) {
-        kernel_round_input(kernel_input_type(spec->pred_b_type), spec->rank, w->z + r * spec->rank,
-                           w->zq + (size_t)r * w->zq_size);
-    }
+/* A hidden layer as pred_b takes it: bytes, and how it is made. */
+static size_t rounded_size(const struct pi_layer *layer) {
+    const struct pi_layer_spec *spec = &layer->spec;
+    return round64(layer->pred_panels ? panel_inputs_size(spec->pred_b_type, spec->rank, 1)
+                                      : abi_row_size(kernel_input_type(spec->pred_b_type), spec->rank));
 }
 
-/* What a predictor gives n <= TILE neurons (selected: more than zero) for an input as pred_b takes it. */
-static void predictor_scores(const struct pi_layer *layer, const void *input, const int32_t *neurons, int n, float *scores) {
+static void round_hidden(const struct pi_layer *layer, const float *z, uint8_t *zq) {
+    const struct pi_layer_spec *spec = &layer->spec;
+    if (layer->pred_panels) panel_round(spec->pred_b_type, spec->rank, z, zq);
+    else kernel_round_input(kernel_input_type(spec->pred_b_type), spec->rank, z, zq);
+}
+
+/* wanted[0..n) = does the layer's predictor select the neurons from j on, n <= TILE? input: as pred_b takes it. */
+static void predict(const struct pi_layer *layer, const void *input, int32_t j, int n, uint8_t *wanted) {
     const struct pi_layer_spec *spec = &layer->spec;
     const int64_t n_in = pi_has_hidden(spec->predictor) ? spec->rank : spec->n_embd;
-    const size_t row = abi_row_size(spec->pred_b_type, n_in);
-    const uint8_t *rows[TILE];
-    for (int k = 0; k < n; k++) rows[k] = layer->pred_b + (size_t)neurons[k] * row;
-    kernel_dots(spec->pred_b_type, n_in, rows, n, input, scores);
-    for (int k = 0; k < n; k++) scores[k] += layer->pred_bias[neurons[k]];
+    float all[TILE + 2 * PANEL_ROWS], *scores = all;
+    if (layer->pred_panels) {
+        panel_rows(spec->pred_b_type, n_in, spec->n_ff, layer->pred_b, input, j / PANEL_ROWS,
+                   (j + n + PANEL_ROWS - 1) / PANEL_ROWS, all);
+        scores += j % PANEL_ROWS;
+    } else {
+        const size_t row = abi_row_size(spec->pred_b_type, n_in);
+        const uint8_t *rows[TILE];
+        for (int k = 0; k < n; k++) rows[k] = layer->pred_b + (size_t)(j + k) * row;
+        kernel_dots(spec->pred_b_type, n_in, rows, n, input, scores);
+    }
+    for (int k = 0; k < n; k++) wanted[k] = scores[k] + layer->pred_bias[j + k] > 0.0f;
 }
 
-/* wanted[0..n) = does the predictor select the neurons from j on, for row r of the set (a predicted layer has no experts,
- * so its rows are in one sequence)? */
-static void predict(const struct work *w, int r, int32_t j, int n, uint8_t *wanted) {
-    const void *input = pi_has_hidden(w->layer->spec.predictor) ? w->zq + (size_t)r * w->zq_size
-                                                                : input_of(w, &w->blocks[0].rows[r], w->pred_input);
-    int32_t neurons[TILE];
-    float scores[TILE];
-    for (int k = 0; k < n; k++) neurons[k] = j + k;
-    predictor_scores(w->layer, input, neurons, n, scores);
-    for (int k = 0; k < n; k++) wanted[k] = scores[k] > 0.0f;
+/* Row r's input of the predictor (a predicted layer has no experts, so the set's rows are in one sequence). */
+static const void *predictor_input(const struct work *w, int r) {
+    if (pi_has_hidden(w->layer->spec.predictor)) return w->zq + (size_t)r * w->zq_size;
+    return input_of(w, &w->blocks[0].rows[r], w->pred_input);
 }
 
 /* Selects for one row among n neurons from j on, and settles the activations that are zero. In h, the deciding products
@@ -233,7 +240,7 @@ static uint32_t select_row(const struct work *w, const struct block *block, int 
     uint32_t selected = 0;
     if (w->predicts) {
         if (w->all) memset(wanted, 0, (size_t)n);
-        else predict(w, block->first + r, j, n, wanted);
+        else predict(w->layer, predictor_input(w, block->first + r), j, n, wanted);
     } else if (h == NULL) {
         for (int k = 0; k < n; k++) wanted[k] = g[k] != 0.0f;
     } else if (threshold != NULL) {
@@ -516,23 +523,22 @@ static const struct pi_layer *layer_to_read_ahead(const struct work *w, int n_ro
 /* All threads. Wants, ahead of time, what the next layer's predictor selects for this layer's input. */
 static void read_ahead(struct work *w, int thread) {
     const struct pi_layer *next = w->next;
-    const struct pi_layer_spec *spec = &next->spec;
+    const int32_t n_ff = (int32_t)next->spec.n_ff;
     uint8_t *zq = w->next_zq + (size_t)thread * w->next_zq_size;
     hidden(next, input_of(w, &w->blocks[0].rows[0], w->pred_input), thread, w->n_threads, w->next_z);
 #pragma omp barrier
-    kernel_round_input(kernel_input_type(spec->pred_b_type), spec->rank, w->next_z, zq);
-    for (int64_t tile = (int64_t)TILE * thread; tile < spec->n_ff; tile += (int64_t)TILE * w->n_threads) {
+    round_hidden(next, w->next_z, zq);
+    for (int32_t tile = TILE * thread; tile < n_ff; tile += TILE * w->n_threads) {
+        const int some = n_ff - tile < TILE ? n_ff - tile : TILE;
         int32_t units[TILE];
-        float scores[TILE];
-        int n = 0, wanted = 0;
-        for (int64_t j = tile; j < tile + TILE && j < spec->n_ff; j++) {
-            if (!store_has(next->store, (uint32_t)j)) units[n++] = (int32_t)j;
+        uint8_t wanted[TILE];
+        int n = 0;
+        predict(next, zq, tile, some, wanted);
+        for (int k = 0; k < some; k++) {
+            units[n] = tile + k;
+            n += wanted[k] && !store_has(next->store, (uint32_t)(tile + k));
         }
-        predictor_scores(next, zq, units, n, scores);
-        for (int k = 0; k < n; k++) {
-            if (scores[k] > 0.0f) units[wanted++] = units[k];
-        }
-        if (wanted > 0) (void)store_want(next->store, units, wanted, true);
+        if (n > 0) (void)store_want(next->store, units, n, true);
     }
     store_flush(next->store);
 }
@@ -685,7 +691,8 @@ static void run_set(struct work *w, int thread, struct tally *tally) {
     if (w->predicts && w->z != NULL && !w->all) {
         predict_hidden(w, thread);
 #pragma omp barrier
-        round_hidden(w, thread);
+        for (int r = thread; r < w->n_rows; r += w->n_threads)
+            round_hidden(w->layer, w->z + r * w->layer->spec.rank, w->zq + (size_t)r * w->zq_size);
 #pragma omp barrier
     }
     float *acc = w->acc + thread * w->set_rows * w->acc_size;
@@ -799,13 +806,12 @@ static size_t lay_out(struct work *w, struct outputs *outputs, int n_rows, uint8
         w->packed = carve(memory, &at, threads * w->packed_size);
     }
     if (w->predicts && pi_has_hidden(spec->predictor)) {
-        w->zq_size = round64(abi_row_size(kernel_input_type(spec->pred_b_type), spec->rank));
+        w->zq_size = rounded_size(w->layer);
         w->z = carve(memory, &at, rows * (size_t)spec->rank * sizeof(float));
         w->zq = carve(memory, &at, rows * w->zq_size);
     }
     if (w->next != NULL) {
-        const int type = kernel_input_type(w->next->spec.pred_b_type);
-        w->next_zq_size = round64(abi_row_size(type, w->next->spec.rank));
+        w->next_zq_size = rounded_size(w->next);
         w->next_z = carve(memory, &at, (size_t)w->next->spec.rank * sizeof(float));
         w->next_zq = carve(memory, &at, threads * w->next_zq_size);
     }

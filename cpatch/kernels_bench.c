@@ -204,13 +204,22 @@ int pi_panel_products(int type, int64_t n_in, int64_t n_out, const uint8_t *rows
     return enough ? 0 : -1;
 }
 
-int pi_attention_dots(const uint8_t *rows, int64_t stride, int64_t n, int64_t n_rows, const float *x, float *out) {
-    float *rounded = panel_runs() ? malloc((size_t)attention_stride(n) * sizeof *rounded) : NULL;
-    if (rounded == NULL) return -1;
-    attention_round(n, x, rounded);
-    attention_dots(rows, (size_t)stride, n, n_rows, rounded, out);
+int pi_attention_dots(const uint8_t *rows, int64_t stride, int64_t n, int64_t n_rows, const float *xs, int n_x, float *out) {
+    const size_t size = (size_t)attention_stride(n);
+    float *rounded = panel_runs() ? malloc((size_t)n_x * size * sizeof *rounded) : NULL;
+    const float **x = malloc((size_t)n_x * sizeof *x);
+    float **to = malloc((size_t)n_x * sizeof *to);
+    const bool enough = rounded != NULL && x != NULL && to != NULL;
+    for (int i = 0; i < n_x && enough; i++) {
+        attention_round(n, xs + i * n, rounded + (size_t)i * size);
+        x[i] = rounded + (size_t)i * size;
+        to[i] = out + i * n_rows;
+    }
+    if (enough) attention_dots(rows, (size_t)stride, n, n_rows, x, n_x, to);
+    free(to);
+    free(x);
     free(rounded);
-    return 0;
+    return enough ? 0 : -1;
 }
 
 double pi_panel_seconds(int type, int64_t n_in, int64_t n_out, const void *panels, int n_threads) {

@@ -31,9 +31,9 @@ int pi_panel_products(int type, int64_t n_in, int64_t n_out, const uint8_t *rows
 /* Writes rows into panels, `cut` bytes at a time, and reads them back from the last piece to the first. 0 or -1. */
 int pi_panel_copy(int type, int64_t n_in, int64_t n_out, const uint8_t *rows, int64_t cut, uint8_t *copy);
 
-/* Attention (attention.h): out[j] = dot(row j, x), rows of n F16 values that begin `stride` bytes after each other. 0, or -1:
- * this machine has not the instructions, or out of memory. */
-int pi_attention_dots(const uint8_t *rows, int64_t stride, int64_t n, int64_t n_rows, const float *x, float *out);
+/* Attention (attention.h): out[i][j] = dot(row j, x[i]) for n_x inputs, rows of n F16 values that begin `stride` bytes after
+ * each other. 0, or -1: this machine has not the instructions, or out of memory. */
+int pi_attention_dots(const uint8_t *rows, int64_t stride, int64_t n, int64_t n_rows, const float *xs, int n_x, float *out);
 
 enum pi_kernel_op { PI_KERNEL_DOTS = 0, PI_KERNEL_AXPYS = 1, PI_KERNEL_READS = 2 /* computes nothing */ };
 

@@ -324,24 +324,57 @@ static int layer_init(struct pi_layer *layer, struct pi_model *model, const stru
     return result;
 }
 
-/* Fills *array, which may have been filled before, with size bytes of the file at offset. -1 with a sentence. */
-static int read_array(const struct pi_layer *layer, int fd, int64_t offset, size_t size, const char *what, void *array,
-                      char *err, size_t err_len) {
-    void *memory = aligned_alloc(64, (size + 63) & ~(size_t)63), *old;
-    if (memory == NULL) {
-        snprintf(err, err_len, "layer %d: no memory for %zu bytes of %s", layer->spec.index, size, what);
-        return -1;
-    }
-    const int code = io_read_now(fd, memory, size, offset);
-    if (code != 0) {
-        snprintf(err, err_len, "layer %d: reading the %s at offset %lld failed: %s", layer->spec.index, what,
-                 (long long)offset, code == EIO ? "the file ended early or the device failed" : strerror(code));
-        free(memory);
-        return -1;
-    }
+static int no_memory(const struct pi_layer *layer, size_t size, const char *what, char *err, size_t err_len) {
+    snprintf(err, err_len, "layer %d: no memory for %zu bytes of %s", layer->spec.index, size, what);
+    return -1;
+}
+
+static int not_read(const struct pi_layer *layer, int64_t offset, int code, const char *what, char *err, size_t err_len) {
+    snprintf(err, err_len, "layer %d: reading the %s at offset %lld failed: %s", layer->spec.index, what,
+             (long long)offset, code == EIO ? "the file ended early or the device failed" : strerror(code));
+    return -1;
+}
+
+/* Frees what the pointer at `array` points to, and has it point to memory. */
+static void replace(void *array, void *memory) {
+    void *old;
     memcpy(&old, array, sizeof old);
     free(old);
     memcpy(array, &memory, sizeof memory);
+}
+
+/* Fills *array, which may have been filled before, with size bytes of the file at offset. -1 with a sentence. */
+static int read_array(const struct pi_layer *layer, int fd, int64_t offset, size_t size, const char *what, void *array,
+                      char *err, size_t err_len) {
+    void *memory = aligned_alloc(64, (size + 63) & ~(size_t)63);
+    if (memory == NULL) return no_memory(layer, size, what, err, err_len);
+    const int code = io_read_now(fd, memory, size, offset);
+    if (code != 0) {
+        free(memory);
+        return not_read(layer, offset, code, what, err, err_len);
+    }
+    replace(array, memory);
+    return 0;
+}
+
+/* The same for a matrix of n_out rows of n_in weights, which is put into panels. */
+static int read_into_panels(const struct pi_layer *layer, int fd, int64_t offset, int type, int64_t n_in, int64_t n_out,
+                            const char *what, void *array, char *err, size_t err_len) {
+    uint8_t piece[1 << 16];
+    const size_t size = panel_size(type, n_in, n_out, 1), total = abi_row_size(type, n_in) * (size_t)n_out;
+    uint8_t *memory = aligned_alloc(64, (size + 63) & ~(size_t)63);
+    if (memory == NULL) return no_memory(layer, size, what, err, err_len);
+    memset(memory, 0, size); /* the last panel may have rows that the matrix has not */
+    for (size_t at = 0; at < total; at += sizeof piece) {
+        const size_t part = total - at < sizeof piece ? total - at : sizeof piece;
+        const int code = io_read_now(fd, piece, part, offset + (int64_t)at);
+        if (code != 0) {
+            free(memory);
+            return not_read(layer, offset + (int64_t)at, code, what, err, err_len);
+        }
+        panel_write(type, n_in, memory, piece, at, part);
+    }
+    replace(array, memory);
     return 0;
 }
 
@@ -350,6 +383,7 @@ static int arrays_read(struct pi_layer *layer, int fd, char *err, size_t err_len
     const struct pi_layer_spec *s = &layer->spec;
     const bool lowrank = pi_has_hidden(s->predictor), predicts = s->predictor != PI_PREDICT_NONE;
     const size_t floats = (size_t)s->n_ff * sizeof(float);
+    layer->pred_panels = lowrank && panel_available() && panel_size(s->pred_b_type, s->rank, s->n_ff, 1) > 0;
     const struct {
         bool present;
         int64_t offset;
@@ -361,7 +395,7 @@ static int arrays_read(struct pi_layer *layer, int fd, char *err, size_t err_len
         {s->threshold_offset != 0, s->threshold_offset, floats * (size_t)experts_of(s), "thresholds", &layer->thresholds},
         {lowrank, s->pred_a_offset, lowrank ? (size_t)s->rank * abi_row_size(s->pred_a_type, s->n_embd) : 0,
          "predictor's matrix A", &layer->pred_a},
-        {predicts, s->pred_b_offset,
+        {predicts && !layer->pred_panels, s->pred_b_offset,
          predicts ? (size_t)s->n_ff * abi_row_size(s->pred_b_type, lowrank ? s->rank : s->n_embd) : 0,
          "predictor's matrix B", &layer->pred_b},
         {predicts, s->pred_bias_offset, floats, "predictor's bias", &layer->pred_bias},
@@ -371,7 +405,9 @@ static int arrays_read(struct pi_layer *layer, int fd, char *err, size_t err_len
                                             err, err_len) != 0)
             return -1;
     }
-    return 0;
+    if (!layer->pred_panels) return 0;
+    return read_into_panels(layer, fd, s->pred_b_offset, s->pred_b_type, s->rank, s->n_ff, "predictor's matrix B",
+                            &layer->pred_b, err, err_len);
 }
 
 static int layer_read(struct pi_layer *layer, int fd, int n_threads, char *err, size_t err_len) {

@@ -61,7 +61,8 @@ struct pi_layer {
     size_t data_size;
     struct store *store; /* NULL: everything is in data */
     uint16_t *scales; /* the table of spec.scale_offset; NULL unless down_type is I8 */
-    uint8_t *pred_a, *pred_b;   /* the predictor's matrices, NULL where there are none */
+    uint8_t *pred_a, *pred_b;   /* the predictor's matrices, NULL where there are none; */
+    bool pred_panels;           /* is pred_b in panels (panels.h)? */
     float *pred_bias, *thresholds;
     struct pi_weight gate, up, down;
     struct pi_counters counters[2];

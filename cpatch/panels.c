@@ -375,6 +375,29 @@ static void panel_any(int type, int64_t n_blocks, const uint8_t *panel, const ui
     }
 }
 
+void panel_round(int type, int64_t n_in, const float *x, uint8_t *rounded) {
+    const struct panel_layout *layout = layout_of(type);
+    for (int64_t at = 0; at < n_in; at += PIECE) {
+        round_piece(type, n_in - at < PIECE ? n_in - at : PIECE, x + at,
+                    rounded + (size_t)(at / layout->values) * (size_t)layout->input);
+    }
+}
+
+/* Which rows of panel p the matrix has. */
+INLINE __mmask16 rows_of(int64_t n_out, int64_t p) {
+    const int64_t rows = n_out - p * PANEL_ROWS;
+    return rows < PANEL_ROWS ? (__mmask16)((1 << rows) - 1) : (__mmask16)0xffff;
+}
+
+void panel_rows(int type, int64_t n_in, int64_t n_out, const uint8_t *panels, const uint8_t *rounded, int64_t lo, int64_t hi,
+                float *out) {
+    const struct panel_layout *layout = layout_of(type);
+    const int64_t n_blocks = n_in / layout->values;
+    const size_t size = PANEL_ROWS * (size_t)n_blocks * (size_t)layout->block;
+    for (int64_t p = lo; p < hi; p++, out += PANEL_ROWS)
+        panel_any(type, n_blocks, panels + (size_t)p * size, &rounded, 1, &out, rows_of(n_out, p));
+}
+
 enum { TOGETHER = 64 }; /* inputs that a panel meets before the next panel does: they stay in the second cache level */
 
 /* Panels lo to hi - 1 of the matrix that n products share. */
@@ -391,9 +414,7 @@ static void panel_range(const struct panel_layout *layout, int64_t n_blocks, int
             out[i] = products[at + i].out + lo * PANEL_ROWS;
         }
         for (int64_t p = lo; p < hi; p++) {
-            const int64_t rows = n_out - p * PANEL_ROWS;
-            panel_any(layout->type, n_blocks, products[at].panels + (size_t)p * panel_size, xs, some, out,
-                      rows < PANEL_ROWS ? (__mmask16)((1 << rows) - 1) : (__mmask16)0xffff);
+            panel_any(layout->type, n_blocks, products[at].panels + (size_t)p * panel_size, xs, some, out, rows_of(n_out, p));
             for (int i = 0; i < some; i++) out[i] += PANEL_ROWS;
         }
     }
@@ -452,6 +473,15 @@ bool panel_available(void) {
 void panel_products(int type, int64_t n_in, int64_t n_out, const float *const *xs, int n_inputs,
                     const struct panel_product *products, int n, uint8_t *scratch, int n_threads) {
     (void)type, (void)n_in, (void)n_out, (void)xs, (void)n_inputs, (void)products, (void)n, (void)scratch, (void)n_threads;
+}
+
+void panel_round(int type, int64_t n_in, const float *x, uint8_t *rounded) {
+    (void)type, (void)n_in, (void)x, (void)rounded;
+}
+
+void panel_rows(int type, int64_t n_in, int64_t n_out, const uint8_t *panels, const uint8_t *rounded, int64_t lo, int64_t hi,
+                float *out) {
+    (void)type, (void)n_in, (void)n_out, (void)panels, (void)rounded, (void)lo, (void)hi, (void)out;
 }
 
 #endif

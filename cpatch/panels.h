@@ -47,4 +47,10 @@ size_t panel_inputs_size(int type, int64_t n_in, int n_inputs);
 void panel_products(int type, int64_t n_in, int64_t n_out, const float *const *xs, int n_inputs,
                     const struct panel_product *products, int n, uint8_t *scratch, int n_threads);
 
+/* The same for one input and some of the panels, by the calling thread: rounds x to panel_inputs_size(type, n_in, 1) bytes;
+ * out[0] and on are the products with the rows of panels lo to hi - 1, as far as the matrix has them. */
+void panel_round(int type, int64_t n_in, const float *x, uint8_t *rounded);
+void panel_rows(int type, int64_t n_in, int64_t n_out, const uint8_t *panels, const uint8_t *rounded, int64_t lo, int64_t hi,
+                float *out);
+
 #endif

@@ -23,8 +23,10 @@ SETTINGS = {"n_ctx": 256, "logits_all": True, "verbose": False, "n_threads": 2, 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 64, 100, 128, 256, 300])
 @pytest.mark.parametrize("n_rows", [1, 15, 16, 17, 128, 131])
-def test_dots(n: int, n_rows: int) -> None:
-    """Every tail of rows and of values; what lies between rows, and behind the last, is not looked at."""
+@pytest.mark.parametrize("n_x", [1, 2, 3, 4, 7])
+def test_dots(n: int, n_rows: int, n_x: int) -> None:
+    """Every tail of rows, values and inputs; what lies between rows, and behind the last, is not looked at. Inputs that
+    share the rows get the bits that they get alone."""
     ffi, lib = native()
     rng = np.random.default_rng(n * 1000 + n_rows)
     stride = n + 3
@@ -33,16 +35,22 @@ def test_dots(n: int, n_rows: int) -> None:
     for j in range(n_rows):
         rows[j * stride : j * stride + n] = weights[j]
     rows = rows[: (n_rows - 1) * stride + n].copy()
-    x = rng.normal(size=n).astype(np.float32)
-    out = np.full(n_rows + 16, np.float32(-7))
-    to = ffi.from_buffer("float[]", out)
-    assert lib.pi_attention_dots(
-        ffi.from_buffer("uint8_t[]", rows), 2 * stride, n, n_rows, ffi.from_buffer("float[]", x), to
-    ) == 0
-    assert (out[n_rows:] == -7).all()
-    rounded, exact = x.astype(np.float16).astype(np.float64), weights.astype(np.float64)
-    bound = 1e-6 * (np.abs(exact) @ np.abs(rounded)) + 1e-7
-    assert (np.abs(out[:n_rows] - exact @ rounded) <= bound).all()
+    xs = rng.normal(size=(n_x, n)).astype(np.float32)
+
+    def dots(xs: np.ndarray) -> np.ndarray:
+        out = np.full(len(xs) * n_rows + 16, np.float32(-7))
+        from_rows, from_xs = ffi.from_buffer("uint8_t[]", rows), ffi.from_buffer("float[]", xs)
+        to = ffi.from_buffer("float[]", out)
+        assert lib.pi_attention_dots(from_rows, 2 * stride, n, n_rows, from_xs, len(xs), to) == 0
+        assert (out[len(xs) * n_rows :] == -7).all()
+        return out[: len(xs) * n_rows].reshape(len(xs), n_rows)
+
+    out = dots(xs)
+    rounded, exact = xs.astype(np.float16).astype(np.float64), weights.astype(np.float64)
+    bound = 1e-6 * (np.abs(rounded) @ np.abs(exact).T) + 1e-7
+    assert (np.abs(out - rounded @ exact.T) <= bound).all()
+    for i in range(n_x):
+        assert (dots(xs[i : i + 1])[0] == out[i]).all()
 
 
 @pytest.mark.parametrize("arch", ["arcee", "smallthinker"])
