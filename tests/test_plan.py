@@ -196,6 +196,8 @@ def test_slow_first_readings_are_mentioned_where_something_is_read(files: dict[s
         found = plan.plan(files["sparse"], budget, speeds=speeds, process=50 * MIB, n_ctx=64)
         assert found["choice"] is not None and (found["choice"]["reads"] > 0) == (budget is not None)
         assert any("50 times as long" in line for line in found["assumptions"]) == said
+        assert 0 <= found["choice"]["neuron_slots"] < found["choice"]["memory"]
+        assert (found["choice"]["neuron_slots"] > 0) == (budget is not None)
 
 
 def test_less_memory_is_slower_and_too_little_is_refused(files: dict[str, str]) -> None:
