@@ -740,7 +740,7 @@ def plan(
         }
 
 
-_PROCESS = 64 << 20  # bytes that Python, llama.cpp's libraries and ours take before a model
+_PROCESS = 52 << 20  # bytes that Python, llama.cpp's libraries and ours take before a model
 
 
 def _choose(models: list[Model], budget: int | None, context: Context, speeds: Speeds) -> dict[str, Any] | None:
