@@ -22,15 +22,17 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Reads a word of each line of rows, eight rows at a time while the next eight are fetched, as kernels do that have nothing
- * to compute: what scattered rows allow. */
+/* Reads a word of each line of rows, eight rows at a time while the next ones are fetched: what scattered rows allow when
+ * nothing is computed. Short rows are asked for three times, since the second cache level drops requests; kernels ask
+ * once (kernels_template.h), because asking takes instructions, too. */
 static uint64_t read_rows(const uint8_t *const *rows, int n, int64_t size) {
-    enum { TOGETHER = 8, PART = 256 };
+    enum { TOGETHER = 8, PART = 256, SHORT = 4608 };
+    const int times = size <= SHORT ? 3 : 1;
     uint64_t all = 0;
     for (int k = 0; k < n; k += TOGETHER) {
         for (int64_t at = 0; at < size; at += PART) {
             const int64_t end = at + PART < size ? at + PART : size;
-            for (int r = k + TOGETHER; r < k + 2 * TOGETHER && r < n; r++) {
+            for (int r = k + TOGETHER; r < k + (times + 1) * TOGETHER && r < n; r++) {
                 for (int64_t i = at; i < end; i += 64) __builtin_prefetch(rows[r] + i, 0, 2);
             }
             for (int r = k; r < k + TOGETHER && r < n; r++) {
