@@ -532,13 +532,17 @@ static void read_ahead(struct work *w, int thread) {
         const int some = n_ff - tile < TILE ? n_ff - tile : TILE;
         int32_t units[TILE];
         uint8_t wanted[TILE];
-        int n = 0;
-        predict(next, zq, tile, some, wanted);
+        int n = 0, left = 0;
         for (int k = 0; k < some; k++) {
             units[n] = tile + k;
-            n += wanted[k] && !store_has(next->store, (uint32_t)(tile + k));
+            n += !store_has(next->store, (uint32_t)(tile + k));
         }
-        if (n > 0) (void)store_want(next->store, units, n, true);
+        if (n == 0) continue; /* as where hot neurons lie */
+        predict(next, zq, tile, some, wanted);
+        for (int k = 0; k < n; k++) {
+            if (wanted[units[k] - tile]) units[left++] = units[k];
+        }
+        if (left > 0) (void)store_want(next->store, units, left, true);
     }
     store_flush(next->store);
 }

@@ -357,22 +357,50 @@ static int read_array(const struct pi_layer *layer, int fd, int64_t offset, size
     return 0;
 }
 
-/* The same for a matrix of n_out rows of n_in weights, which is put into panels. */
+enum { PANEL_CHUNK = 1 << 20 };
+
+/* Through one buffer per thread: a budget may have no room for the matrix twice. 0 or an errno, with the position. */
+static int panel_fill(const struct pi_panel_tensor *panel, int fd, int64_t offset, bool drop, int n_threads, int64_t *where) {
+    const size_t row = abi_row_size(panel->type, panel->n_in);
+    const size_t step = row < PANEL_CHUNK ? PANEL_CHUNK / row * row : row; /* threads may not share a block */
+    const int64_t n_chunks = (int64_t)((panel->size + step - 1) / step);
+    int failed = 0;
+#pragma omp parallel num_threads(n_threads)
+    {
+        uint8_t *chunk = malloc(step);
+#pragma omp for schedule(dynamic)
+        for (int64_t c = 0; c < n_chunks; c++) {
+            const size_t begin = (size_t)c * step;
+            const size_t size = panel->size - begin < step ? panel->size - begin : step;
+            const int code = chunk == NULL ? ENOMEM : io_read_now(fd, chunk, size, offset + (int64_t)begin);
+            if (drop) (void)posix_fadvise(fd, (off_t)(offset + (int64_t)begin), (off_t)size, POSIX_FADV_DONTNEED);
+            if (code == 0) panel_write(panel->type, panel->n_in, panel->data, chunk, begin, size);
+            if (code != 0) {
+#pragma omp critical
+                {
+                    failed = code;
+                    *where = offset + (int64_t)begin;
+                }
+            }
+        }
+        free(chunk);
+    }
+    return failed;
+}
+
+/* read_array() for a matrix of n_out rows of n_in weights, which is put into panels. */
 static int read_into_panels(const struct pi_layer *layer, int fd, int64_t offset, int type, int64_t n_in, int64_t n_out,
                             const char *what, void *array, char *err, size_t err_len) {
-    uint8_t piece[1 << 16];
-    const size_t size = panel_size(type, n_in, n_out, 1), total = abi_row_size(type, n_in) * (size_t)n_out;
+    const size_t size = panel_size(type, n_in, n_out, 1);
     uint8_t *memory = aligned_alloc(64, (size + 63) & ~(size_t)63);
     if (memory == NULL) return no_memory(layer, size, what, err, err_len);
     memset(memory, 0, size); /* the last panel may have rows that the matrix has not */
-    for (size_t at = 0; at < total; at += sizeof piece) {
-        const size_t part = total - at < sizeof piece ? total - at : sizeof piece;
-        const int code = io_read_now(fd, piece, part, offset + (int64_t)at);
-        if (code != 0) {
-            free(memory);
-            return not_read(layer, offset + (int64_t)at, code, what, err, err_len);
-        }
-        panel_write(type, n_in, memory, piece, at, part);
+    const struct pi_panel_tensor panel = {
+        .type = type, .n_in = n_in, .data = memory, .size = abi_row_size(type, n_in) * (size_t)n_out};
+    const int code = panel_fill(&panel, fd, offset, false, 1, &offset);
+    if (code != 0) {
+        free(memory);
+        return not_read(layer, offset, code, what, err, err_len);
     }
     replace(array, memory);
     return 0;
@@ -465,37 +493,6 @@ static const struct pi_panel_tensor *find_panel(const struct pi_model *model, co
         if (strcmp(model->panels[i].name, name) == 0) return &model->panels[i];
     }
     return NULL;
-}
-
-enum { PANEL_CHUNK = 1 << 20 };
-
-/* Through one buffer per thread: a budget may have no room for the matrix twice. 0 or an errno, with the position. */
-static int panel_fill(const struct pi_panel_tensor *panel, int fd, int64_t offset, bool drop, int n_threads, int64_t *where) {
-    const size_t row = abi_row_size(panel->type, panel->n_in);
-    const size_t step = row < PANEL_CHUNK ? PANEL_CHUNK / row * row : row; /* threads may not share a block */
-    const int64_t n_chunks = (int64_t)((panel->size + step - 1) / step);
-    int failed = 0;
-#pragma omp parallel num_threads(n_threads)
-    {
-        uint8_t *chunk = malloc(step);
-#pragma omp for schedule(dynamic)
-        for (int64_t c = 0; c < n_chunks; c++) {
-            const size_t begin = (size_t)c * step;
-            const size_t size = panel->size - begin < step ? panel->size - begin : step;
-            const int code = chunk == NULL ? ENOMEM : io_read_now(fd, chunk, size, offset + (int64_t)begin);
-            if (drop) (void)posix_fadvise(fd, (off_t)(offset + (int64_t)begin), (off_t)size, POSIX_FADV_DONTNEED);
-            if (code == 0) panel_write(panel->type, panel->n_in, panel->data, chunk, begin, size);
-            if (code != 0) {
-#pragma omp critical
-                {
-                    failed = code;
-                    *where = offset + (int64_t)begin;
-                }
-            }
-        }
-        free(chunk);
-    }
-    return failed;
 }
 
 int pi_model_read_panels(struct pi_model *model, const int *fds, int n_files, int n, const struct pi_panel_source *sources,

@@ -413,7 +413,7 @@ def _one_run(entry: figures.Series, work: figures.Workload, limit: int | None, c
     job = Job(
         entry.model, work.prompt, work.gen, work.threads, work.tokens, entry.extra_bufts, memory=limit
     )
-    memory = _memory_speed(BESIDE, mean=True)
+    memory = _memory_speed(BESIDE, mean=True) if limit is None else []  # else the disk is what matters
     with memory_limit.limited(limit) as bounds:
         before = _cpu_times()
         try:
@@ -428,7 +428,7 @@ def _one_run(entry: figures.Series, work: figures.Workload, limit: int | None, c
             entry.runs.append(None)
             return bounds.how
         after = _cpu_times()
-    memory += _memory_speed(BESIDE, mean=True)
+    memory += _memory_speed(BESIDE, mean=True) if limit is None else []
     result["memory_gbps"] = max(memory) / 1e9 if memory else None
     result["others_cpu_share"] = _others_share(before, after, result["cpu_s"])
     result["page_cache_before_bytes"] = left
