@@ -732,7 +732,7 @@ static void run_set(struct work *w, int thread, struct tally *tally) {
         }
         run_waves(PASS_DOWN, w, thread, tally, up);
     }
-    for (int r = 0; r < w->n_rows; r++, acc += w->acc_size) kernel_add_offsets(n_embd, acc + n_embd, acc);
+    for (int r = 0; r < w->n_rows; r++, acc += w->acc_size) kernel_finish_sums(w->layer->spec.down_type, n_embd, acc + n_embd, acc);
 #pragma omp barrier
     const struct tile_wave wave = tile_wave(w, thread);
     for (int i = 0; i < w->n_tiles; i++) ffn_tiles_write(&w->tiles[i], &wave);

@@ -27,7 +27,8 @@ static int usable_levels(const struct kernel_level *out[6]) {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-    const bool bf16 = vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+    const bool bf16 = vnni && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16") &&
+                      __builtin_cpu_supports("gfni");
     if (bf16) out[n++] = kernel_avx512bf16;
     if (vnni) out[n++] = kernel_avx512vnni;
     if (avx512) out[n++] = kernel_avx512;
@@ -64,12 +65,6 @@ static const struct kernel_level *level(void) {
 static const struct kernel_level *columns(void) {
     const struct kernel_level *found = level();
     return found->axpys != NULL ? found : kernel_avx2;
-}
-
-/* Whose sums are those of floats, also for types of 4 bits. */
-static const struct kernel_level *exact_columns(void) {
-    const struct kernel_level *found = columns();
-    return found == kernel_avx512bf16 && found != NULL ? kernel_avx2 : found;
 }
 
 const char *kernel_level(void) {
@@ -120,7 +115,7 @@ void kernel_dequantize(int type, int64_t n, const void *x, float *y) {
     }
     const uint8_t *col = x;
     memset(y, 0, (size_t)n * sizeof(float));
-    if (!exact_columns()->axpys(type, n, &col, NULL, &one, 1, y, NULL)) ggml.ggml_get_type_traits(type)->to_float(x, y, n);
+    if (!columns()->axpys(type, n, &col, NULL, &one, 1, y, NULL)) ggml.ggml_get_type_traits(type)->to_float(x, y, n);
 }
 
 void kernel_dequantize_scaled(int64_t n, const int8_t *x, const uint16_t *scales, float *y) {
@@ -174,7 +169,8 @@ void kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const float *
     }
 }
 
-void kernel_add_offsets(int64_t n, const float *offsets, float *y) {
+void kernel_finish_sums(int type, int64_t n, const float *offsets, float *y) {
+    if (columns()->finish != NULL) columns()->finish(type, n, y);
     for (int64_t i = 0; i < n; i++) y[i] += offsets[i / 32];
 }
 

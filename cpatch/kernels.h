@@ -7,7 +7,7 @@
  * Results do not depend on how a list is cut into calls, bit for bit: each dot product is a sum of its own, and every
  * element of y receives its terms in list order, one fused multiply-add each: of the factor with the weight, or, in
  * types of integers with scales, of factor times scale with the integer (the portable version rounds product and
- * sum). Streaming relies on that.
+ * sum), or, with AVX2 in Q4_0, with the integer plus 8. Streaming relies on that.
  *
  * Where there are AVX-512's products of pairs of bfloat16 (level avx512bf16), factor times scale is rounded to bfloat16 for
  * the types of 4 bits (Q4_0, Q4_K, MXFP4): half the instructions, which is what bounds those sums. It moves each term by
@@ -31,13 +31,14 @@ void kernel_dots(int type, int64_t n, const uint8_t *const *rows, int n_rows, co
 void kernel_dots_inputs(int type, int64_t n, const uint8_t *row, const void *const *xqs, int n_x, float *out);
 
 /* y[0..n) += a[0] * cols[0] + a[1] * cols[1] + ..., in this order, but for what is the same for 32 neighbours: that may be
- * added to offsets[0..n/32) instead. A sum begins with zeros there and ends, after all calls, with kernel_add_offsets().
+ * added to offsets[0..n/32) instead, and y's elements may be kept in another order and scaled. A sum begins with zeros and
+ * ends, after all calls, with kernel_finish_sums().
  * tmp: n floats of scratch. */
 void kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const float *a, int n_cols, float *y, float *offsets,
                   float *tmp);
 
-/* y[i] += offsets[i / 32] for i < n. */
-void kernel_add_offsets(int64_t n, const float *offsets, float *y);
+/* Puts y in its order, and adds the offsets. */
+void kernel_finish_sums(int type, int64_t n, const float *offsets, float *y);
 
 /* The same for columns of integers with a row of half-precision scales each: a * scales[i] * col[i] (I8 in FORMAT.md). */
 void kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a, int n_cols,

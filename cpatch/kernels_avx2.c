@@ -10,7 +10,7 @@ BEGIN_TARGET("avx2,fma,f16c")
 #define LANES 2
 #define WIDTH 8
 #define ROWS 4
-#define COLUMNS 4
+#define COLUMNS 8
 #define PRIMITIVE static inline __attribute__((always_inline))
 
 typedef __m256i vb, vi;
@@ -28,6 +28,10 @@ PRIMITIVE long long words_4(const uint8_t *p, size_t stride) {
 PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float factor, float *out) {
     const __m128i h = _mm_set_epi64x(words_4(p + 4 * stride, stride), words_4(p, stride));
     _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtph_ps(h), _mm256_set1_ps(factor)));
+}
+
+PRIMITIVE void powers_8(const uint8_t *p, size_t stride, float factor, float *out) {
+    _mm256_storeu_ps(out, powers_of(bytes_8(p, stride), factor));
 }
 
 PRIMITIVE vf zero_f(void) { return _mm256_setzero_ps(); }
@@ -112,6 +116,39 @@ PRIMITIVE vi dot_factor(vi sum, vb w, vb x, factors f, int v) {
 }
 PRIMITIVE vi dot_16(v16 a, const uint8_t *sums) { return dot_16_ints(a, sums); }
 PRIMITIVE vi minus_32_times(vi a, vi b) { return _mm256_sub_epi32(a, _mm256_slli_epi32(b, 5)); }
+
+#define NIBBLES
+/* Nibble k of 8 integers, times 16^k; the last one as it is, as it would be negative. */
+PRIMITIVE vf nibbles(vb q, int k) {
+    return to_float(k == 7 ? _mm256_srli_epi32(q, 28) : _mm256_and_si256(q, _mm256_set1_epi32((int)(15u << (4 * k)))));
+}
+/* One factor in lane 0, the next in lane 1. */
+PRIMITIVE vf lane_factors(const float *two) {
+    double both;
+    memcpy(&both, two, 8);
+    return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(both)), _mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0));
+}
+/* 64 sums of nibbles: of blocks of 32 values, with the first half in low nibbles, or of 32 values in low ones. */
+PRIMITIVE void in_order_64(float *y, bool blocks) {
+    __m256 v[8];
+    for (int k = 0; k < 8; k++) {
+        const float scale = k == 7 ? 1.0f : 1.0f / (float)(1 << (4 * k));
+        v[k] = _mm256_mul_ps(_mm256_loadu_ps(y + 8 * k), _mm256_set1_ps(scale));
+    }
+    for (int high = 0; high < 2; high++) {
+        const __m256 a = _mm256_unpacklo_ps(v[high], v[2 + high]), b = _mm256_unpackhi_ps(v[high], v[2 + high]);
+        const __m256 c = _mm256_unpacklo_ps(v[4 + high], v[6 + high]), d = _mm256_unpackhi_ps(v[4 + high], v[6 + high]);
+        const __m256d ac[2] = {_mm256_castps_pd(a), _mm256_castps_pd(c)}, bd[2] = {_mm256_castps_pd(b), _mm256_castps_pd(d)};
+        const __m256d fours[4] = {_mm256_unpacklo_pd(ac[0], ac[1]), _mm256_unpackhi_pd(ac[0], ac[1]),
+                                  _mm256_unpacklo_pd(bd[0], bd[1]), _mm256_unpackhi_pd(bd[0], bd[1])};
+        for (int i = 0; i < 4; i++) {
+            const __m256 four = _mm256_castpd_ps(fours[i]);
+            float *to = y + (blocks ? 16 * high : 32 * high) + 4 * i;
+            _mm_storeu_ps(to, _mm256_castps256_ps128(four));
+            _mm_storeu_ps(to + (blocks ? 32 : 16), _mm256_extractf128_ps(four, 1));
+        }
+    }
+}
 
 #include "kernels_template.h"
 const struct kernel_level *const kernel_avx2 = &level;

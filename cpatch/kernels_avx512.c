@@ -1,11 +1,11 @@
-/* kernels_avx512.c - AVX-512 (F, BW, DQ, VL); with VNNI when included from kernels_avx512vnni.c, with VNNI, VBMI
- * and BF16 when included from kernels_avx512bf16.c. */
+/* kernels_avx512.c - AVX-512 (F, BW, DQ, VL); with VNNI when included from kernels_avx512vnni.c, with VNNI, VBMI,
+ * BF16 and GFNI when included from kernels_avx512bf16.c. */
 #include "kernels_simd.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <string.h>
 #ifdef WITH_BF16
-BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,avx2,fma,f16c")
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,gfni,avx2,fma,f16c")
 #define NAME "avx512bf16"
 #define SIGNED_BIAS 128
 #elif defined(WITH_VNNI)
@@ -22,6 +22,9 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define WIDTH 16
 #define ROWS 8    /* as many streams of addresses as a core needs to keep its requests going */
 #define COLUMNS 8 /* they save loads and stores of y, too */
+#define DOT_ASKS 2
+/* Row by row: GCC would rather begin with all of them, for which there are no registers. */
+#define IN_TURN __asm__ volatile("" ::: "memory")
 #ifndef WITH_BF16
 #define DOTS_ONLY
 #endif
@@ -45,6 +48,17 @@ PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float factor, float *ou
         h = _mm_unpacklo_epi64(_mm512_castsi512_si128(a), _mm512_castsi512_si128(b));
     }
     _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtph_ps(h), _mm256_set1_ps(factor)));
+}
+
+PRIMITIVE void powers_8(const uint8_t *p, size_t stride, float factor, float *out) {
+#ifdef WITH_BF16
+    const __m512i at = _mm512_castsi128_si512(_mm_setr_epi8(0, 17, 34, 51, 68, 85, 102, 119, 0, 0, 0, 0, 0, 0, 0, 0));
+    const v16 bytes = _mm512_castsi512_si128(_mm512_permutex2var_epi8(_mm512_loadu_si512(p), at, _mm512_loadu_si512(p + 64)));
+    (void)stride; /* 17, out of 128 bytes */
+#else
+    const v16 bytes = bytes_8(p, stride);
+#endif
+    _mm256_storeu_ps(out, powers_of(bytes, factor));
 }
 
 PRIMITIVE vf zero_f(void) { return _mm512_setzero_ps(); }
@@ -71,28 +85,44 @@ PRIMITIVE vb same_bytes(int b) { return _mm512_set1_epi8((char)b); }
 PRIMITIVE void store_b(uint8_t *p, vb v) { _mm512_storeu_si512(p, v); }
 PRIMITIVE vb minus(vb a, vb b) { return _mm512_sub_epi8(a, b); }
 PRIMITIVE vb low_nibbles(vb v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
-PRIMITIVE vb high_nibbles(vb v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
+PRIMITIVE vb high_nibbles(vb v) {
+#ifdef WITH_BF16
+    return _mm512_gf2p8affine_epi64_epi8(v, _mm512_set1_epi64(0x1020408000000000), 0); /* shifted as bytes, in one */
+#else
+    return low_nibbles(_mm512_srli_epi16(v, 4));
+#endif
+}
 PRIMITIVE vb lookup(const uint8_t *table, vb v) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load_16(table)), v);
 }
-PRIMITIVE vb join(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
 #ifdef WITH_BF16
-/* Bytes of 4 lanes that are stride apart, out of 64 bytes at the first and 64 that end with the last lane. */
 #define BYTES(i) (i), (i) + 1, (i) + 2, (i) + 3, (i) + 4, (i) + 5, (i) + 6, (i) + 7
 #define LANE(i) BYTES(i), BYTES((i) + 8)
-static const uint8_t apart_17[64] = {LANE(0), LANE(17), LANE(34), LANE(64 + 48)};
-static const uint8_t apart_18[64] = {LANE(0), LANE(18), LANE(36), LANE(64 + 48)};
 static const uint8_t apart_34[64] = {LANE(0), LANE(34), LANE(64 + 14), LANE(64 + 48)};
+/* For last_16(): of blocks 0 to 3, at their places, and of 4 to 7, in bytes that begin at 64 and, above those, end with 7. */
+static const uint8_t ends_17[2][64] = {{LANE(1), LANE(18), LANE(35), LANE(52)}, {LANE(5), LANE(22), LANE(64 + 31), LANE(64 + 48)}};
+static const uint8_t ends_18[2][64] = {{LANE(2), LANE(20), LANE(38), LANE(56)}, {LANE(10), LANE(28), LANE(64 + 30), LANE(64 + 48)}};
 #endif
+PRIMITIVE vb join(__m256i a, __m256i b) { return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1); }
 PRIMITIVE vb lanes(const uint8_t *p, size_t stride) {
     if (stride == 16) return _mm512_loadu_si512(p);
 #ifdef WITH_BF16
-    const uint8_t *order = stride == 17 ? apart_17 : stride == 18 ? apart_18 : apart_34;
-    const __m512i last = _mm512_loadu_si512(p + 3 * stride - 48);
-    return _mm512_permutex2var_epi8(_mm512_loadu_si512(p), _mm512_loadu_si512(order), last);
+    if (stride == 34) {
+        const __m512i last = _mm512_loadu_si512(p + 3 * 34 - 48);
+        return _mm512_permutex2var_epi8(_mm512_loadu_si512(p), _mm512_loadu_si512(apart_34), last);
+    }
 #endif
     return join(load_2_lanes(p, stride), load_2_lanes(p + 2 * stride, stride));
 }
+#ifdef WITH_BF16
+#define LAST_16 /* of blocks b to b + 3 of 8: out of the first 128 bytes, or of bytes 64 to 128 and the last 64 */
+PRIMITIVE vb last_16(const uint8_t *chunk, size_t size, int b) { /* there are few loads, and the compiler makes each once */
+    const uint8_t *order = size == 17 ? ends_17[b / 4] : ends_18[b / 4];
+    const __m512i middle = _mm512_loadu_si512(chunk + 64), at = _mm512_loadu_si512(order);
+    if (b == 0) return _mm512_permutex2var_epi8(_mm512_loadu_si512(chunk), at, middle);
+    return _mm512_permutex2var_epi8(middle, at, _mm512_loadu_si512(chunk + 8 * size - 64));
+}
+#endif
 PRIMITIVE vb lanes_of_pairs(const uint8_t *p) { return join(load_2_lanes(p, 16), load_2_lanes(p + 64, 16)); }
 PRIMITIVE vb lane_pairs(const uint8_t *p) { return _mm512_broadcast_i64x4(load_2_lanes(p, 16)); }
 /* Bit first of each byte in lanes 0 and 1, second in 2 and 3, becomes bit 4 of q. */
@@ -121,11 +151,10 @@ PRIMITIVE vi dot_signed(vi sum, vb w, vb x) {
 #endif
 
 PRIMITIVE vi dot_nibbles(vi sum, vb lo, vb x_lo, vb hi, vb x_hi) { return dot(dot(sum, lo, x_lo), hi, x_hi); }
-/* The scales of 4 blocks of weights times those of 4 blocks of inputs, each in its lane. */
-PRIMITIVE vf lane_scales(const float *dw, const float *dx) {
-    const __m128 d = _mm_mul_ps(_mm_loadu_ps(dw), _mm_loadu_ps(dx));
+/* 4 of 8 factors, from b on, each in its lane. */
+PRIMITIVE vf lane_scales(const float *d, int b) {
     const __m512i each = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    return _mm512_permutexvar_ps(each, _mm512_castps128_ps512(d));
+    return _mm512_permutexvar_ps(_mm512_add_epi32(each, _mm512_set1_epi32(b)), _mm512_castps256_ps512(_mm256_loadu_ps(d)));
 }
 
 /* Sums of 4 products fit 16 bits, so that multiplying 16-bit halves does, once the scales' upper halves are zero. */

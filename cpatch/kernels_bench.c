@@ -153,8 +153,8 @@ void pi_kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const floa
     kernel_axpys(type, n, cols, a, n_cols, y, offsets, tmp);
 }
 
-void pi_kernel_add_offsets(int64_t n, const float *offsets, float *y) {
-    kernel_add_offsets(n, offsets, y);
+void pi_kernel_finish_sums(int type, int64_t n, const float *offsets, float *y) {
+    kernel_finish_sums(type, n, offsets, y);
 }
 
 void pi_kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,

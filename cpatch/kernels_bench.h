@@ -15,7 +15,7 @@ void pi_kernel_dots(int type, int64_t n, const uint8_t *const *rows, int n_rows,
 void pi_kernel_dots_inputs(int type, int64_t n, const uint8_t *row, const void *const *xqs, int n_x, float *out);
 void pi_kernel_axpys(int type, int64_t n, const uint8_t *const *cols, const float *a, int n_cols, float *y, float *offsets,
                      float *tmp);
-void pi_kernel_add_offsets(int64_t n, const float *offsets, float *y);
+void pi_kernel_finish_sums(int type, int64_t n, const float *offsets, float *y);
 void pi_kernel_axpys_scaled(int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
                             int n_cols, float *y);
 

@@ -87,7 +87,7 @@ PRIMITIVE vi dot(vi sum, vb w, vb x) {
 PRIMITIVE vi dot_nibbles(vi sum, vb lo, vb x_lo, vb hi, vb x_hi) { return dot(dot(sum, lo, x_lo), hi, x_hi); }
 PRIMITIVE vb signed_weights(vb w) { return w; }
 PRIMITIVE vi dot_signed(vi sum, vb w, vb x) { return dot(sum, w, x); }
-PRIMITIVE vf lane_scales(const float *dw, const float *dx) { return vdupq_n_f32(*dw * *dx); }
+PRIMITIVE vf lane_scales(const float *d, int b) { return vdupq_n_f32(d[b]); }
 PRIMITIVE factors make_factors(v16 scales) {
     factors f;
     vst1q_u8((uint8_t *)f.f, scales);

@@ -97,7 +97,7 @@ PRIMITIVE vi dot(vi sum, vb w, vb x) { EACH(16) sum.i[i % 4] += (int8_t)w.b[i] *
 PRIMITIVE vi dot_nibbles(vi sum, vb lo, vb x_lo, vb hi, vb x_hi) { return dot(dot(sum, lo, x_lo), hi, x_hi); }
 PRIMITIVE vb signed_weights(vb w) { return w; }
 PRIMITIVE vi dot_signed(vi sum, vb w, vb x) { return dot(sum, w, x); }
-PRIMITIVE vf lane_scales(const float *dw, const float *dx) { return same_f(*dw * *dx); }
+PRIMITIVE vf lane_scales(const float *d, int b) { return same_f(d[b]); }
 PRIMITIVE factors make_factors(v16 scales) { factors f; memcpy(f.f, scales.b, 16); return f; }
 PRIMITIVE vi dot_factor(vi sum, vb w, vb x, factors f, int v) {
     const vi one = dot(zero_i(), w, x);

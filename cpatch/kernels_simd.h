@@ -30,9 +30,10 @@ struct kernel_level {
     bool (*dots)(int type, int64_t n, const uint8_t *const *rows, int n_rows, const uint8_t *const *xs, int n_xs,
                  float *out);
     /* y += a[k] * column k, in order; scales: only for I8_SCALED. offsets: as in kernel_axpys(); NULL: what
-     * belongs there is added to y (not with avx512bf16's K-quants). */
+     * belongs there is added to y, in floats with all levels. */
     bool (*axpys)(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
                   int n_cols, float *y, float *offsets);
+    void (*finish)(int type, int64_t n, float *y); /* what sums with offsets need at their end; NULL: nothing */
 };
 /* All return false, having done nothing, for types they have no code for. axpys is NULL with AVX-512 without
  * BF16, whose wider vectors gain nothing there (measured on Zen 4): AVX2's serve, and give the same bits as any fused

@@ -10,10 +10,10 @@
  *
  * Columns are added with one multiply-add per element, column by column: of factor times scale (rounded once) with the
  * integer; what a K-quant adds to 32 values alike goes to offsets in the same way. So y does not depend on the grouping,
- * nor on the level where the level has fused multiply-adds and factors are not rounded further (PAIRS).
+ * nor on the level where the level has fused multiply-adds; but for types of 4 bits, which have add_256() with two of them.
  *
  * Rows lie scattered, and the hardware's prefetching starts anew in each; so every chunk of a row also asks for the
- * same chunk of the row that will be read in its place. */
+ * same chunk of the rows that will be read in its place. */
 #include "kernels_simd.h"
 
 #include <string.h>
@@ -31,6 +31,9 @@ enum { CHUNK = 8, /* blocks of 32 values between prefetches; their scales are co
 /* What is in memory is read back from there: a broadcast from memory is free, one out of a vector is not, and GCC would
  * rather take the scales out of the vectors that they were stored from. */
 #define IN_MEMORY __asm__ volatile("" ::: "memory")
+#ifndef IN_TURN
+#define IN_TURN
+#endif
 
 /* e2m1 values, doubled (gguf: MXFP4.kvalues), plus 12. */
 static const uint8_t mxfp4_plus_12[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
@@ -40,13 +43,20 @@ INLINE size_t block_size(int type) {
          : type == K_Q4_K ? Q4_K_SIZE : type == K_Q5_K ? Q5_K_SIZE : Q6_K_SIZE;
 }
 
-/* Asks for bytes [at, at + bytes) of the rows that come after these count ones; left: how many there are from rows[0]
- * on. Into the second cache level: the first one takes few requests at a time, and a core that waits to make one does
- * not compute meanwhile. */
-INLINE void fetch_next(const uint8_t *const *rows, int count, int left, size_t at, size_t bytes) {
-    UNROLL for (int r = 0; r < count; r++) {
-        if (r + count >= left) return;
-        NO_UNROLL for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(rows[r + count] + at + i, 0, 2);
+#ifndef DOT_ASKS /* how often dot products ask for a row, as requests get lost; sums of columns have no time for more than one */
+#define DOT_ASKS 1
+#endif
+
+/* Asks for bytes [at, at + bytes) of the `times` groups of rows that come after these count ones; left: how many rows there
+ * are from rows[0] on. Into the second cache level: the first one takes few requests at a time, and a core that waits to
+ * make one does not compute meanwhile. */
+INLINE void fetch_next(const uint8_t *const *rows, int count, int left, size_t at, size_t bytes, int times) {
+    for (int group = 1; group <= times; group++) {
+        const int there = left - group * count < count ? left - group * count : count;
+        NO_UNROLL for (int r = 0; r < there; r++) {
+            const uint8_t *next = rows[group * count + r] + at;
+            UNROLL for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
+        }
     }
 }
 
@@ -63,14 +73,18 @@ INLINE int block_bias(int type) {
     return type == K_Q4_0 ? 8 : type == K_MXFP4 ? 12 : SIGNED_BIAS;
 }
 
-/* LANES blocks: *lo their values 0..15, *hi 16..31, with the bias added. */
-INLINE void block_values(int type, const uint8_t *blocks, vb *lo, vb *hi) {
+#ifndef LAST_16 /* The last 16 bytes of LANES blocks of a chunk, from b on. */
+INLINE vb last_16(const uint8_t *chunk, size_t size, int b) { return lanes(chunk + (size_t)b * size + size - 16, size); }
+#endif
+
+/* LANES blocks of a chunk, from b on: *lo their values 0..15, *hi 16..31, with the bias added. */
+INLINE void block_values(int type, const uint8_t *chunk, int b, vb *lo, vb *hi) {
     if (type == K_Q8_0) {
-        *lo = signed_weights(lanes(blocks + 2, Q8_0_SIZE));
-        *hi = signed_weights(lanes(blocks + 18, Q8_0_SIZE));
+        *lo = signed_weights(lanes(chunk + b * Q8_0_SIZE + 2, Q8_0_SIZE));
+        *hi = signed_weights(lanes(chunk + b * Q8_0_SIZE + 18, Q8_0_SIZE));
         return;
     }
-    const vb q = type == K_Q4_0 ? lanes(blocks + 2, Q4_0_SIZE) : lanes(blocks + 1, MXFP4_SIZE);
+    const vb q = last_16(chunk, type == K_Q4_0 ? Q4_0_SIZE : MXFP4_SIZE, b);
     *lo = low_nibbles(q);
     *hi = high_nibbles(q);
     if (type == K_MXFP4) {
@@ -86,47 +100,41 @@ INLINE vi block_dot(int type, vi sum, vb lo, vb x_lo, vb hi, vb x_hi) {
 /* acc[r * X + i] += the partial sums of a chunk of rows r and inputs i, without its first skip blocks. */
 INLINE void dots_chunk(int type, const uint8_t *const w[], size_t w_at, int R, const uint8_t *const x[], size_t x_at, int X,
                        size_t skip, vf *acc) {
-    const size_t size = block_size(type);
     const int bias = block_bias(type);
-    _Alignas(64) float dw[ROWS][CHUNK], dx[ROWS][CHUNK];
-    UNROLL for (int r = 0; r < R; r++) block_scales(type, w[r] + w_at, 1.0f, dw[r]);
+    float dx[ROWS][CHUNK];
+    vb x_lo[ROWS][CHUNK / LANES], x_hi[ROWS][CHUNK / LANES];
+    vi start[ROWS][CHUNK / LANES];
     UNROLL for (int i = 0; i < X; i++) {
         block_scales(K_Q8_0, x[i] + x_at, 1.0f, dx[i]);
         for (size_t b = 0; b < skip; b++) dx[i][b] = 0.0f;
-    }
-#ifdef CHUNK_SUMS
-    vi sums[ROWS][CHUNK / LANES];
-#endif
-    UNROLL for (int b = 0; b < CHUNK; b += LANES) {
-        vb x_lo[ROWS], x_hi[ROWS];
-        vi start[ROWS];
-        UNROLL for (int i = 0; i < X; i++) {
-            x_lo[i] = lanes(x[i] + x_at + b * Q8_0_SIZE + 2, Q8_0_SIZE);
-            x_hi[i] = lanes(x[i] + x_at + b * Q8_0_SIZE + 18, Q8_0_SIZE);
-            start[i] = zero_i();
-            if (bias != 0) start[i] = negate(dot(dot(zero_i(), same_bytes(bias), x_lo[i]), same_bytes(bias), x_hi[i]));
-        }
-        UNROLL for (int r = 0; r < R; r++) {
-            vb lo, hi;
-            block_values(type, w[r] + w_at + (size_t)b * size, &lo, &hi);
-            UNROLL for (int i = 0; i < X; i++) {
-                const vi sum = block_dot(type, start[i], lo, x_lo[i], hi, x_hi[i]);
-#ifdef CHUNK_SUMS
-                sums[r * X + i][b / LANES] = sum;
-#else
-                acc[r * X + i] = fma_f(to_float(sum), lane_scales(dw[r] + b, dx[i] + b), acc[r * X + i]);
-#endif
-            }
+        UNROLL for (int g = 0; g < CHUNK / LANES; g++) {
+            x_lo[i][g] = lanes(x[i] + x_at + g * LANES * Q8_0_SIZE + 2, Q8_0_SIZE);
+            x_hi[i][g] = lanes(x[i] + x_at + g * LANES * Q8_0_SIZE + 18, Q8_0_SIZE);
+            start[i][g] = zero_i();
+            if (bias != 0) start[i][g] = negate(dot(dot(zero_i(), same_bytes(bias), x_lo[i][g]), same_bytes(bias), x_hi[i][g]));
         }
     }
-#ifdef CHUNK_SUMS /* a vector has room for one sum of each block: one conversion and one multiplication for all */
     UNROLL for (int r = 0; r < R; r++) {
+        IN_TURN;
+        float dw[CHUNK], d[CHUNK];
+        vb lo[CHUNK / LANES], hi[CHUNK / LANES];
+        vi sums[CHUNK / LANES];
+        block_scales(type, w[r] + w_at, 1.0f, dw);
+        UNROLL for (int g = 0; g < CHUNK / LANES; g++) block_values(type, w[r] + w_at, g * LANES, &lo[g], &hi[g]);
         UNROLL for (int i = 0; i < X; i++) {
-            const vf d = mul_f(load_f(dw[r]), load_f(dx[i]));
-            acc[r * X + i] = fma_f(to_float(chunk_sums(sums[r * X + i])), d, acc[r * X + i]);
+            UNROLL for (int g = 0; g < CHUNK / LANES; g++) {
+                sums[g] = block_dot(type, start[i][g], lo[g], x_lo[i][g], hi[g], x_hi[i][g]);
+            }
+            for (int b = 0; b < CHUNK; b++) d[b] = dw[b] * dx[i][b];
+#ifdef CHUNK_SUMS /* a vector has room for one sum of each block: one conversion and one multiplication for all */
+            acc[r * X + i] = fma_f(to_float(chunk_sums(sums)), load_f(d), acc[r * X + i]);
+#else
+            UNROLL for (int g = 0; g < CHUNK / LANES; g++) {
+                acc[r * X + i] = fma_f(to_float(sums[g]), lane_scales(d, g * LANES), acc[r * X + i]);
+            }
+#endif
         }
     }
-#endif
 }
 
 /* out[r * X + i]: R rows with X inputs; left: rows from w[0] on. */
@@ -136,12 +144,12 @@ INLINE void dots_blocks(int type, int64_t n, const uint8_t *const *w, int R, int
     vf acc[ROWS];
     UNROLL for (int i = 0; i < R * X; i++) acc[i] = zero_f();
     for (size_t b = 0; b + CHUNK <= blocks; b += CHUNK) {
-        fetch_next(w, R, left, b * size, CHUNK * size);
+        fetch_next(w, R, left, b * size, CHUNK * size, DOT_ASKS);
         dots_chunk(type, w, b * size, R, x, b * Q8_0_SIZE, X, 0, acc);
     }
     if (rest != 0 && blocks > CHUNK) { /* the last chunk's worth, without what the one before had of it */
         const size_t b = blocks - CHUNK;
-        fetch_next(w, R, left, b * size, CHUNK * size);
+        fetch_next(w, R, left, b * size, CHUNK * size, DOT_ASKS);
         dots_chunk(type, w, b * size, R, x, b * Q8_0_SIZE, X, CHUNK - rest, acc);
     } else if (rest != 0) { /* with zeros behind it */
         uint8_t w_rest[ROWS][CHUNK * Q8_0_SIZE] = {{0}}, x_rest[ROWS][CHUNK * Q8_0_SIZE] = {{0}};
@@ -240,7 +248,7 @@ INLINE void dots_k(int type, int64_t n, const uint8_t *const *w, int R, int left
     UNROLL for (int i = 0; i < R * X; i++) acc[i] = acc_min[i] = zero_f();
     for (size_t b = 0; b < blocks; b++) {
         const uint8_t *w_at[ROWS], *x_at[ROWS];
-        fetch_next(w, R, left, b * size, size);
+        fetch_next(w, R, left, b * size, size, DOT_ASKS);
         UNROLL for (int r = 0; r < R; r++) w_at[r] = w[r] + b * size;
         UNROLL for (int i = 0; i < X; i++) x_at[i] = x[i] + b * Q8_K_SIZE;
         dots_k_step(type, w_at, R, x_at, X, acc, acc_min);
@@ -257,7 +265,7 @@ INLINE void dots_q4_k(int64_t n, const uint8_t *const *w, int R, int left, const
     for (size_t b = 0; b < blocks; b++) {
         _Alignas(64) float factors[ROWS][4 * LANES];
         vi sums[ROWS];
-        fetch_next(w, R, left, b * Q4_K_SIZE, Q4_K_SIZE);
+        fetch_next(w, R, left, b * Q4_K_SIZE, Q4_K_SIZE, DOT_ASKS);
         UNROLL for (int i = 0; i < X; i++) sums[i] = sums_of_32(x[i] + b * Q8_K_SIZE + 260);
         UNROLL for (int first = 0; first < R; first += LANES) {
             const int count = R < LANES ? R : LANES;
@@ -317,7 +325,7 @@ INLINE void dots_floats(int type, int64_t n, const uint8_t *const *w, int R, int
     UNROLL for (int i = 0; i < R * X; i++) acc[i] = zero_f();
     for (size_t at = 0; at < whole;) {
         const size_t end = whole - at < 512 ? whole : at + 512;
-        fetch_next(w, R, left, at, end - at);
+        fetch_next(w, R, left, at, end - at, DOT_ASKS);
         for (; at < end; at += step) {
             vf xv[ROWS];
             UNROLL for (int i = 0; i < X; i++) xv[i] = load_floats(type, x[i] + at);
@@ -417,7 +425,7 @@ INLINE const uint8_t *block_bytes(int type, const uint8_t *chunk, const uint8_t 
 INLINE void unpack_chunk(int type, const uint8_t *chunk, uint8_t *unpacked) {
     UNROLL for (int b = 0; b < CHUNK && type != K_Q8_0; b += LANES) {
         vb lo, hi;
-        block_values(type, chunk + (size_t)b * block_size(type), &lo, &hi);
+        block_values(type, chunk, b, &lo, &hi);
         store_b(unpacked + b * 32, minus(lo, same_bytes(block_bias(type))));
         store_b(unpacked + b * 32 + LANES * 16, minus(hi, same_bytes(block_bias(type))));
     }
@@ -458,52 +466,49 @@ INLINE table nibble_values(int type) {
     return load_table(type == K_MXFP4 ? mxfp4 : minus_8);
 }
 
-/* y[0..128) += blocks 4 * part to 4 * part + 3 of a chunk, at bytes into C columns; d: their factors, in pairs. */
-INLINE void add_4_blocks(int type, const uint8_t *const cols[], size_t at, int C, uint32_t (*d)[CHUNK], int part, float *y) {
-    const int size = (int)block_size(type);
-    const table values = nibble_values(type);
-    vf sums[8];
-    UNROLL for (int i = 0; i < 8; i++) sums[i] = load_f(y + i * WIDTH);
+/* pairs[c / 2][k]: what the k-th 32 of 256 values of columns c and c + 1 are multiplied with. */
+INLINE void pair_factors(int type, const uint8_t *const cols[], size_t at, int C, const float *a, uint32_t (*pairs)[8],
+                         float *offsets) {
     UNROLL for (int c = 0; c < C; c += 2) {
-        const uint8_t *first = cols[c] + at + (size_t)(4 * part * size + size - 16);
-        const uint8_t *second = cols[c + 1 < C ? c + 1 : c] + at + (size_t)(4 * part * size + size - 16);
-        const int far = 3 * size - 48; /* 64 bytes from there on end with the last block */
-        UNROLL for (int b = 0; b < 4; b += 2) {
-            const vb q = quads(first + (b == 0 ? 0 : far), second + (b == 0 ? 0 : far), b == 0 ? 0 : 2 * size - far, size);
-            UNROLL for (int i = 0; i < 4; i++) { /* the low and the high nibbles of a block, then of the other */
-                const int block = b + i / 2;
-                sums[2 * b + i] = dot_pairs(sums[2 * b + i], q, i, values, &d[c / 2][4 * part + block]);
-            }
-        }
-    }
-    UNROLL for (int i = 0; i < 8; i++) store_f(y + i * WIDTH, sums[i]);
-}
-
-/* y[0..256) += a Q4_K block of C columns, less what is the same for 32 values: that goes to offsets[0..8). */
-INLINE void add_q4_k(const uint8_t *const cols[], size_t at, int C, const float *a, float *y, float *offsets) {
-    _Alignas(64) uint32_t pairs[COLUMNS][8];
-    const table values = nibble_values(K_Q4_K);
-    UNROLL for (int c = 0; c < C; c += 2) {
-        float scale[2][8], minimum[8], d[2][8];
+        float d[2][8];
         UNROLL for (int i = 0; i < 2; i++) {
             const int of = c + i < C ? c + i : c;
-            k_scale_floats(K_Q4_K, cols[of] + at, scale[i], minimum);
-            scale_8(scale[i], of == c + i ? a[of] : 0.0f, d[i]);
-            if (of == c + i) add_offsets_8(scale[i], minimum, a[of], offsets);
+            const float factor = of == c + i ? a[of] : 0.0f;
+            if (type == K_Q4_K) {
+                float scale[8], minimum[8];
+                k_scale_floats(K_Q4_K, cols[of] + at, scale, minimum);
+                scale_8(scale, factor, d[i]);
+                if (of == c + i) add_offsets_8(scale, minimum, factor, offsets);
+            } else {
+                block_scales(type, cols[of] + at, factor, d[i]);
+            }
         }
         pair_8(d[0], d[1], pairs[c / 2]);
     }
+}
+
+#define ADDS_256(type) ((type) == K_Q4_0 || (type) == K_Q4_K || (type) == K_MXFP4)
+/* y[0..256) += a Q4_K block, or 8 of 32 values, at bytes into C columns, less what goes to offsets[0..8). */
+INLINE void add_256(int type, const uint8_t *const cols[], size_t at, int C, const float *a, float *y, float *offsets) {
+    const int size = (int)block_size(type), apart = type == K_Q4_K ? 16 : size; /* pieces of 16 bytes */
+    const int far = 3 * apart - 48; /* 64 bytes from there on end with the last of four */
+    const table values = nibble_values(type);
+    _Alignas(64) uint32_t pairs[COLUMNS / 2][8];
+    pair_factors(type, cols, at, C, a, pairs, offsets);
     IN_MEMORY;
-    UNROLL for (int part = 0; part < 2; part++, y += 128) {
+    at += (size_t)(type == K_Q4_K ? 16 : size - 16);
+    UNROLL for (int part = 0; part < 2; part++, y += 128, at += (size_t)(4 * apart)) {
         vf sums[8];
         UNROLL for (int i = 0; i < 8; i++) sums[i] = load_f(y + i * WIDTH);
         UNROLL for (int c = 0; c < C; c += 2) {
-            const uint8_t *first = cols[c] + at + 16 + 64 * part, *second = cols[c + 1 < C ? c + 1 : c] + at + 16 + 64 * part;
-            UNROLL for (int half = 0; half < 2; half++) { /* 32 values in low nibbles, 32 in the high ones */
-                const vb q = quads(first, second, 32 * half, 16);
-                UNROLL for (int i = 0; i < 4; i++) {
-                    vf *sum = &sums[4 * half + i % 2 * 2 + i / 2];
-                    *sum = dot_pairs(*sum, q, i, values, &pairs[c / 2][4 * part + 2 * half + i % 2]);
+            const uint8_t *first = cols[c] + at, *second = cols[c + 1 < C ? c + 1 : c] + at;
+            UNROLL for (int b = 0; b < 4; b += 2) {
+                const vb q = quads(first + (b == 0 ? 0 : far), second + (b == 0 ? 0 : far), b == 0 ? 0 : 2 * apart - far, apart);
+                UNROLL for (int i = 0; i < 4; i++) { /* the low and the high nibbles of a piece, then of the other */
+                    /* A piece has a block's 32 values, or, in Q4_K, half of 32 in low nibbles and half of 32 in high ones. */
+                    vf *sum = &sums[2 * b + (type == K_Q4_K ? i % 2 * 2 + i / 2 : i)];
+                    const int k = 4 * part + b + (type == K_Q4_K ? i % 2 : i / 2);
+                    *sum = dot_pairs(*sum, q, i, values, &pairs[c / 2][k]);
                 }
             }
         }
@@ -512,25 +517,47 @@ INLINE void add_q4_k(const uint8_t *const cols[], size_t at, int C, const float 
 }
 #endif
 
+#ifdef NIBBLES
+/* Nibbles become floats where they lie in 32 bits: times 16^k, which the sums are, too, until they are finished. So y is not
+ * in its order, but for each 64 values nibble k of 8 integers of 32 bits at 8 * k: finish() puts that right. */
+#define ADDS_256(type) ((type) == K_Q4_0 || (type) == K_Q4_K)
+INLINE void add_256(int type, const uint8_t *const cols[], size_t at, int C, const float *a, float *y, float *offsets) {
+    float d[COLUMNS][8];
+    vf alike = load_f(offsets);
+    UNROLL for (int c = 0; c < C; c++) {
+        if (type == K_Q4_0) {
+            block_scales(type, cols[c] + at, a[c], d[c]);
+            alike = fma_f(same_f(-8.0f), load_f(d[c]), alike);
+        } else {
+            float scale[8], minimum[8];
+            k_scale_floats(type, cols[c] + at, scale, minimum);
+            store_f(d[c], mul_f(same_f(a[c]), load_f(scale)));
+            alike = fma_f(same_f(a[c]), load_f(minimum), alike);
+        }
+    }
+    store_f(offsets, alike);
+    IN_MEMORY;
+    NO_UNROLL for (int part = 0; part < 4; part++, y += 64) {
+        vf sums[8];
+        UNROLL for (int k = 0; k < 8; k++) sums[k] = load_f(y + k * WIDTH);
+        UNROLL for (int c = 0; c < C; c++) {
+            const uint8_t *from = cols[c] + at + (type == K_Q4_0 ? part * 2 * Q4_0_SIZE + 2 : 16 + part * 32);
+            const vb q = lanes(from, type == K_Q4_0 ? Q4_0_SIZE : 16);
+            const float *two = &d[c][2 * part];
+            const vf low = type == K_Q4_0 ? lane_factors(two) : same_f(two[0]), high = type == K_Q4_0 ? low : same_f(two[1]);
+            UNROLL for (int k = 0; k < 8; k++) sums[k] = fma_f(nibbles(q, k), k % 2 == 0 ? low : high, sums[k]);
+        }
+        UNROLL for (int k = 0; k < 8; k++) store_f(y + k * WIDTH, sums[k]);
+    }
+}
+
+static void finish(int type, int64_t n, float *y) {
+    for (int64_t i = 0; ADDS_256(type) && i < n / 256 * 4; i++) in_order_64(y + i * 64, type == K_Q4_0);
+}
+#endif
+
 /* y[0..32 * count) += the chunk at bytes into C columns, of which count blocks are there. */
 INLINE void add_chunk(int type, const uint8_t *const cols[], size_t at, int C, int count, const float *a, float *y) {
-#ifdef PAIRS
-    if (type != K_Q8_0) {
-        _Alignas(64) uint32_t pairs[COLUMNS][CHUNK];
-        float d[2][CHUNK];
-        UNROLL for (int c = 0; c < C; c += 2) {
-            const int second = c + 1 < C ? c + 1 : c;
-            block_scales(type, cols[c] + at, a[c], d[0]);
-            block_scales(type, cols[second] + at, second == c ? 0.0f : a[second], d[1]);
-            pair_8(d[0], d[1], pairs[c / 2]);
-        }
-        IN_MEMORY;
-        UNROLL for (int part = 0; part < CHUNK / 4; part++) {
-            if (part * 4 < count) add_4_blocks(type, cols, at, C, pairs, part, y + part * 128);
-        }
-        return;
-    }
-#endif
     _Alignas(64) float d[COLUMNS][CHUNK];
     _Alignas(64) uint8_t unpacked[COLUMNS][CHUNK * 32];
     UNROLL for (int c = 0; c < C; c++) block_scales(type, cols[c] + at, a[c], d[c]);
@@ -542,10 +569,18 @@ INLINE void add_chunk(int type, const uint8_t *const cols[], size_t at, int C, i
     }
 }
 
-INLINE void axpys_blocks(int type, int64_t n, const uint8_t *const *cols, int C, int left, const float *a, float *y) {
+INLINE void axpys_blocks(int type, int64_t n, const uint8_t *const *cols, int C, int left, const float *a, float *y,
+                         float *offsets) {
     const size_t size = block_size(type), blocks = (size_t)n / 32, rest = blocks % CHUNK;
+    (void)offsets;
     for (size_t b = 0; b + CHUNK <= blocks; b += CHUNK) {
-        fetch_next(cols, C, left, b * size, CHUNK * size);
+        fetch_next(cols, C, left, b * size, CHUNK * size, 1);
+#ifdef ADDS_256
+        if (ADDS_256(type) && offsets != NULL) {
+            add_256(type, cols, b * size, C, a, y + b * 32, offsets + b);
+            continue;
+        }
+#endif
         add_chunk(type, cols, b * size, C, CHUNK, a, y + b * 32);
     }
     if (rest == 0) return;
@@ -560,12 +595,6 @@ INLINE void axpys_blocks(int type, int64_t n, const uint8_t *const *cols, int C,
 
 /* y[0..256) += a K-block of C columns: its integers are laid out as bytes, then each 16 become floats. */
 INLINE void add_k_block(int type, const uint8_t *const cols[], size_t at, int C, const float *a, float *y, float *offsets) {
-#ifdef PAIRS
-    if (type == K_Q4_K) {
-        add_q4_k(cols, at, C, a, y, offsets);
-        return;
-    }
-#endif
     _Alignas(64) uint8_t q[COLUMNS][256];
     _Alignas(64) float factor[COLUMNS][16];
     float own[8] = {0}, *const constants = offsets != NULL ? offsets : own;
@@ -603,7 +632,13 @@ INLINE void axpys_k(int type, int64_t n, const uint8_t *const *cols, int C, int 
                     float *offsets) {
     const size_t size = block_size(type), blocks = (size_t)n / 256;
     for (size_t b = 0; b < blocks; b++) {
-        fetch_next(cols, C, left, b * size, size);
+        fetch_next(cols, C, left, b * size, size, 1);
+#ifdef ADDS_256
+        if (ADDS_256(type) && offsets != NULL) {
+            add_256(type, cols, b * size, C, a, y + b * 256, offsets + b * 8);
+            continue;
+        }
+#endif
         add_k_block(type, cols, b * size, C, a, y + b * 256, offsets == NULL ? NULL : offsets + b * 8);
     }
 }
@@ -626,7 +661,7 @@ INLINE void axpys_plain(int type, int64_t n, const uint8_t *const *cols, const u
     const size_t one = type == K_I8_SCALED ? 1 : float_size(type);
     int64_t at = 0;
     for (; at + 32 <= n; at += 32) {
-        if (at % 128 == 0) fetch_next(cols, C, left, (size_t)at * one, 128 * one);
+        if (at % 128 == 0) fetch_next(cols, C, left, (size_t)at * one, 128 * one, 1);
         ADD_32(y + at, a[c], C, plain_floats(type, cols[c], type == K_I8_SCALED ? scales[c] : NULL, at, w));
     }
     if (at == n) return;
@@ -644,7 +679,7 @@ INLINE void axpys_plain(int type, int64_t n, const uint8_t *const *cols, const u
 
 INLINE void axpys_some(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, int C, int left,
                        const float *a, float *y, float *offsets) {
-    if (type == K_Q4_0 || type == K_Q8_0 || type == K_MXFP4) axpys_blocks(type, n, cols, C, left, a, y);
+    if (type == K_Q4_0 || type == K_Q8_0 || type == K_MXFP4) axpys_blocks(type, n, cols, C, left, a, y, offsets);
     else if (type == K_Q4_K || type == K_Q5_K || type == K_Q6_K) axpys_k(type, n, cols, C, left, a, y, offsets);
     else axpys_plain(type, n, cols, scales, C, left, a, y);
 }
@@ -678,8 +713,12 @@ static bool axpys(int type, int64_t n, const uint8_t *const *cols, const uint16_
     }
 }
 
-static const struct kernel_level level = {NAME, dots, axpys};
+#ifdef NIBBLES
+static const struct kernel_level level = {NAME, dots, axpys, finish};
+#else
+static const struct kernel_level level = {NAME, dots, axpys, NULL};
+#endif
 
 #else
-static const struct kernel_level level = {NAME, dots, NULL};
+static const struct kernel_level level = {NAME, dots, NULL, NULL};
 #endif

@@ -20,16 +20,17 @@ PRIMITIVE float half(const uint8_t *p) {
     memcpy(&h, p, 2);
     return _cvtsh_ss(h);
 }
-/* 2 to the power of 8 bytes, stride bytes apart, minus 128, times factor; subnormals included. */
-PRIMITIVE void powers_8(const uint8_t *p, size_t stride, float factor, float *out) {
-    const __m128i bytes = _mm_setr_epi8((char)p[0], (char)p[stride], (char)p[2 * stride], (char)p[3 * stride],
-                                        (char)p[4 * stride], (char)p[5 * stride], (char)p[6 * stride],
-                                        (char)p[7 * stride], 0, 0, 0, 0, 0, 0, 0, 0);
+/* 2 to the power of 8 bytes minus 128, times factor; subnormals included. */
+PRIMITIVE __m256 powers_of(v16 bytes, float factor) {
     const __m256i e = _mm256_cvtepu8_epi32(bytes);
     const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
     const __m256i small = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), e);
     const __m256i bits = _mm256_blendv_epi8(normal, small, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e));
-    _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(factor)));
+    return _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(factor));
+}
+PRIMITIVE v16 bytes_8(const uint8_t *p, size_t stride) {
+    return _mm_setr_epi8((char)p[0], (char)p[stride], (char)p[2 * stride], (char)p[3 * stride], (char)p[4 * stride],
+                         (char)p[5 * stride], (char)p[6 * stride], (char)p[7 * stride], 0, 0, 0, 0, 0, 0, 0, 0);
 }
 /* out[0..8) = d * each signed byte. */
 PRIMITIVE void scale_bytes(uint64_t bytes, float d, float *out) {

@@ -197,17 +197,18 @@ static void check_axpys(int type, int n) {
         list[i] = rows[i] + 1;
         a[i] = (float)(int32_t)next_random() / 2147483648.0f;
     }
-    for (int k = 0; k < n; k++) y[k] = cut[k] = (float)k / 64.0f;
+    memset(y, 0, sizeof y);
+    memset(cut, 0, sizeof cut);
     memset(y_offsets, 0, sizeof y_offsets);
     memset(cut_offsets, 0, sizeof cut_offsets);
     kernel_axpys(type, n, list, a, ROWS, y, y_offsets, tmp);
     kernel_axpys(type, n, list, a, 3, cut, cut_offsets, tmp);
     kernel_axpys(type, n, list + 3, a + 3, ROWS - 3, cut, cut_offsets, tmp);
-    kernel_add_offsets(n, y_offsets, y);
-    kernel_add_offsets(n, cut_offsets, cut);
+    kernel_finish_sums(type, n, y_offsets, y);
+    kernel_finish_sums(type, n, cut_offsets, cut);
     if (memcmp(y, cut, (size_t)n * 4) != 0) expect(type, n, "axpys, cut", 1, 0, 0);
     for (int k = 0; k < n; k++) {
-        double sum = k / 64.0, size = sum;
+        double sum = 0, size = 0;
         for (int i = 0; i < ROWS; i++) {
             const double term = a[i] * value(type, list[i], k);
             sum += term;
