@@ -71,7 +71,7 @@ def _row(label: str, memory: str, name: str, entry: dict[str, Any], condition: d
         _shown(entry["bytes_read_per_token"], "{:.1f} MB", 1e-6),
         _shown(entry.get("cache_hit_rate"), "{:.0%}"),
         _shown(measured.get("bound_tps"), "{:.1f}"),
-        _shown(measured.get("fraction"), "{:.0%}"),
+        _shown(measured.get("fraction"), "{:.0%}") + _shown(measured.get("beside"), " ({:.0%})").lstrip("-"),
         _shown(plan.get("predicted_tps"), "{:.1f}") + _shown(plan.get("error"), " ({:+.0%})").lstrip("-"),
     ]
     return f"| {' | '.join(cells)} |"

@@ -413,7 +413,7 @@ def _one_run(entry: figures.Series, work: figures.Workload, limit: int | None, c
     job = Job(
         entry.model, work.prompt, work.gen, work.threads, work.tokens, entry.extra_bufts, memory=limit
     )
-    memory = _memory_speed(BESIDE, mean=True) if limit is None else []  # else the disk is what matters
+    beside = _speeds_beside(entry, limit)
     with memory_limit.limited(limit) as bounds:
         before = _cpu_times()
         try:
@@ -428,14 +428,30 @@ def _one_run(entry: figures.Series, work: figures.Workload, limit: int | None, c
             entry.runs.append(None)
             return bounds.how
         after = _cpu_times()
-    memory += _memory_speed(BESIDE, mean=True) if limit is None else []
-    result["memory_gbps"] = max(memory) / 1e9 if memory else None
+    result.update(_fastest(beside, _speeds_beside(entry, limit)))
     result["others_cpu_share"] = _others_share(before, after, result["cpu_s"])
     result["page_cache_before_bytes"] = left
     result["page_cache_bytes"] = sum(map(memory_limit.cached_bytes, files))
     entry.others_cpu.append(result["others_cpu_share"])
     entry.runs.append(result)
     return bounds.how
+
+
+def _speeds_beside(entry: figures.Series, limit: int | None) -> dict[str, Any]:
+    """What memory gives now, or, where it is limited and ours reads from the disk, what reads cost there."""
+    if limit is None:
+        return {"memory_gbps": [rate / 1e9 for rate in _memory_speed(BESIDE, mean=True)]}
+    cost = disk.cost(entry.model, remeasure=True) if entry.engine.is_sparse else None
+    return {"read_costs": [asdict(cost)] if cost is not None else []}
+
+
+def _fastest(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Two `_speeds_beside` as a run's entries: bandwidth is the larger one, of costs both stay."""
+    both = {key: before[key] + after[key] for key in before}
+    return {
+        "memory_gbps": max(both.get("memory_gbps", []), default=None),
+        "read_costs": both.get("read_costs", []),
+    }
 
 
 def planned(
@@ -650,10 +666,12 @@ def sentences(condition: dict[str, Any]) -> list[str]:
         )
         measured = entry.get("measured")
         if measured is not None and measured["disk_bytes_per_token"]:
+            beside = measured.get("beside")
             lines.append(
                 f"{name}: with the {measured['disk_bytes_per_token'] / 1e6:.1f} MB per token that it did read, the "
                 f"limit is {measured['bound_tps']:.1f} tokens/s (by {measured['bound_by']}), of which "
-                f"{measured['fraction']:.0%} is reached."
+                f"{measured['fraction']:.0%} is reached"
+                + (f", {beside:.0%} of what the disk gave just before or after." if beside else ".")
             )
     plan = condition.get("plan")
     if plan and plan["predicted_tps"] is not None:

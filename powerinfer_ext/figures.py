@@ -17,6 +17,7 @@ import numpy as np
 from gguf_tools.activations import NATIVE
 from gguf_tools.sparse import SparseGGUF
 from powerinfer_ext import machine, roofline
+from powerinfer_ext.disk import DiskCost
 from powerinfer_ext.engines import BUILT_IN, Engine
 from powerinfer_ext.hits import HitRate
 
@@ -262,8 +263,8 @@ def limits(
     limited there are two: `bound_tps` from what a cache of the limit's size should miss (hit_rates, by engine), and in
     `measured` the bound from what was really read per token, whose fraction says how well reading and computing
     overlap. `beside` is the fraction reached of what memory gave on average just before or after each run (the
-    more of the two; median over the runs), where memory is not limited. Where that changes its
-    speed all the time, no run has its best.
+    more of the two; median over the runs), where memory is not limited; where it is, the one in `measured` is that of
+    what the disk's reads cost then. Where these change their speed all the time, no run has their best.
     """
     memory, disk = max(speeds["memory"], default=None), speeds["disk"]
     cache = machine.last_level_cache()
@@ -328,6 +329,7 @@ def _measured(
     """The bound from the bytes that decoding a token really read, and the fraction of it that was reached.
 
     device_tps: the same with the price of every single read (`disk.DiskCost`), which small reads cannot escape.
+    beside: the fraction with those prices as they were just before or after each run.
     """
     tokens = [run["decode_tokens"] for run in entry.good]
     if entry.engine.is_sparse:
@@ -340,11 +342,20 @@ def _measured(
         return None
     n_bytes = median(found) / tokens[0]
     bound = roofline.slower(parts.total, round(n_bytes), memory, speeds["disk"])
-    out = {**bound, "fraction": reached / bound["bound_tps"], "device_tps": None}
+    out = {**bound, "fraction": reached / bound["bound_tps"], "device_tps": None, "beside": None}
     device = speeds.get("device")
     if reads and device is not None:
         seconds = device.seconds(n_bytes, median(reads) / tokens[0])
         out["device_tps"] = 1 / max(seconds, parts.total / memory)
+    fractions = []
+    for run in entry.good:
+        costs = [DiskCost(**cost) for cost in run.get("read_costs") or [] if run.get("flash")]
+        if costs:
+            decode = run["flash"]["decode"]
+            seconds = min(cost.seconds(decode["read_bytes"], decode["reads"]) for cost in costs) / run["decode_tokens"]
+            fractions.append(run["decode_tps"] * max(seconds, parts.total / memory))
+    if fractions:
+        out["beside"] = median(fractions)
     return out
 
 

@@ -137,8 +137,8 @@ class Model:
 class Row:
     """A placement and what it would be like. decode_tps None: it does not fit, and `reason` says what it takes.
 
-    Bytes and reads are per decoded token; seconds too. memory: what the process would take at most, and neuron_slots
-    the part of it in which streamed neurons are kept.
+    Bytes and reads are per decoded token; seconds too. memory: what the process would take at most, and predicted_slots
+    the part of it in which streamed neurons that predictors select are kept.
     """
 
     placement: str
@@ -152,7 +152,7 @@ class Row:
     hit_rate: float | None = None
     reason: str = ""
     ours: bool = True
-    neuron_slots: int = 0
+    predicted_slots: int = 0
 
 
 # ---- models ----------------------------------------------------------------------------------------
@@ -548,7 +548,9 @@ def predict(model: Model, placement: Placement, speeds: Speeds) -> Row:
         cost.missing,
         cost.reads,
         1 - cost.missed / cost.wanted if cost.wanted else None,
-        neuron_slots=sum(b.slots * b.unit_bytes for b in placement.bundles if b.slots < b.units),
+        predicted_slots=sum(
+            b.slots * b.unit_bytes for b in placement.bundles if b.slots < b.units and b.layer.predictor is not None
+        ),
     )
 
 
@@ -829,8 +831,8 @@ def render(result: dict[str, Any], console: Console) -> None:
             f"{choice['reason']}.",
             markup=False,
         )
-    if choice is not None and choice["neuron_slots"]:
-        size = f"{choice['neuron_slots'] / 1e6:.0f}"
+    if choice is not None and choice["predicted_slots"]:
+        size = f"{choice['predicted_slots'] / 1e6:.0f}"
         console.print(
             f"Streamed neurons have {size} MB of memory: predictors made for that read least "
             f"(powerinfer convert --mode predict --hot-memory {size}).",

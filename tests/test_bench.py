@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -490,6 +491,12 @@ def test_a_budget_is_kept_to_or_refused_with_the_least_that_works(wide: dict[str
     assert measured["bound_tps"] == roof["measured_bound_tps"] == pytest.approx(1 / seconds, rel=1e-3)
     assert measured["device_tps"] < measured["bound_tps"]
     assert roof["measured_fraction"] == pytest.approx(streamed["decode_tps"] / measured["bound_tps"])
+    assert measured["beside"] is None
+    prices = [asdict(disk.DiskCost(latency, 1e8, 1e-4)) for latency in (3e-5, 2e-5)]
+    streamed["read_costs"] = prices
+    roof = figures.limits({"sparse": series}, touched, failure.value.needs, speeds, hit_rates=rates)
+    seconds = max(decode["read_bytes"] / 1e8 + decode["reads"] * 2e-5, GEN * touched["sparse"].total / 1e10) / GEN
+    assert roof["engines"]["sparse"]["measured"]["beside"] == pytest.approx(streamed["decode_tps"] * seconds)
 
 
 def test_a_stock_model_that_fits_is_stocks(wide: dict[str, str]) -> None:

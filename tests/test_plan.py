@@ -16,9 +16,13 @@ import numpy as np
 import pytest
 import tiny_models
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
+from gguf_tools import quants
+from gguf_tools.convert import Calibrated, Calibration, convert
 from gguf_tools.errors import ConversionError
+from gguf_tools.predictor import Predictor
 from powerinfer_ext import disk, hits, plan
 from powerinfer_ext.errors import PowerInferError
 from powerinfer_ext.placement import Context, place
@@ -196,8 +200,24 @@ def test_slow_first_readings_are_mentioned_where_something_is_read(files: dict[s
         found = plan.plan(files["sparse"], budget, speeds=speeds, process=50 * MIB, n_ctx=64)
         assert found["choice"] is not None and (found["choice"]["reads"] > 0) == (budget is not None)
         assert any("50 times as long" in line for line in found["assumptions"]) == said
-        assert 0 <= found["choice"]["neuron_slots"] < found["choice"]["memory"]
-        assert (found["choice"]["neuron_slots"] > 0) == (budget is not None)
+
+
+def test_predictors_for_a_budget_are_recommended_where_there_are_predictors(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    n_embd, n_ff = 256, 16384
+    matrices = [quants.quantise(quants.Q8_0, np.zeros(shape)) for shape in ((n_ff, 32), (32, n_embd))]
+    low = Predictor("lowrank", quants.Q8_0, matrices[0], np.zeros(n_ff, np.float32), quants.Q8_0, matrices[1])
+    each = {str(i): Calibrated(predictor=low) for i in range(4)}
+    calibration = Calibration(each, text="t", tokens=1, profile="ab" * 32)
+    convert(files["stock"], tmp_path / "predicted.gguf", calibration=calibration)
+    for path, recommended in ((str(tmp_path / "predicted.gguf"), True), (files["sparse"], False)):
+        budget = _planned(path, None)["placements"][0]["memory"] - 16 * MIB
+        found = plan.plan(path, budget, speeds=SPEEDS, process=50 * MIB, n_ctx=64)
+        assert found["choice"]["reads"] > 0
+        plan.render(found, Console(width=160))
+        slots = found["choice"]["predicted_slots"]
+        assert (slots > 0) == recommended == (f"--hot-memory {slots / 1e6:.0f}" in capsys.readouterr().out)
 
 
 def test_less_memory_is_slower_and_too_little_is_refused(files: dict[str, str]) -> None:
