@@ -8,8 +8,9 @@ The cost of a decoded token is predicted from what it touches and what it misses
     disk      reads x (latency + `_READ`) + missing bytes / bandwidth (`disk.DiskCost`, measured at places that were
               read before), and a round trip for every layer that has to wait. Missing is what is asked for and not in
               a cache of the slots that `placement` would give out (`hits`)
-    token     the slower of the two and a part of the other: reading hides the computing of the neurons that are there
-              already; of predicted neurons, which are read a layer ahead, of experts and tiles `_OVERLAP`
+    token     what is computed outside the blocks (the head), when nobody knows yet what to read; of the rest the slower
+              of the two and a part of the other: reading hides the computing of the neurons that are there already;
+              of predicted neurons, which are read a layer ahead, of experts and tiles `_OVERLAP`
 
 `powerinfer bench --memory` stores the prediction beside what it measures (`plan` in its JSON).
 """
@@ -493,6 +494,7 @@ class _Cost:
     """What a token costs, added up over the layers."""
 
     compute: float = 0.0
+    outside: float = 0.0  # of compute, what is not in a block
     neurons: float = 0.0  # of compute, what the neurons of streamed layers take that are in memory
     disk: float = 0.0
     touched: float = 0.0
@@ -515,7 +517,9 @@ def predict(model: Model, placement: Placement, speeds: Speeds) -> Row:
             continue
         share = model.routed if "_exps." in source.name else 1.0
         cost.touched += source.nbytes * share
-        cost.compute += source.nbytes * share / (speeds.panels if source.name in panels else speeds.stock)
+        seconds = source.nbytes * share / (speeds.panels if source.name in panels else speeds.stock)
+        cost.compute += seconds
+        cost.outside += 0.0 if source.name.startswith("blk.") else seconds
     waits: dict[int, str] = {}
     for bundle in placement.bundles:
         _add_neurons(cost, model, bundle, speeds)
@@ -529,15 +533,15 @@ def predict(model: Model, placement: Placement, speeds: Speeds) -> Row:
         if matrix.slots < matrix.units:
             waits.setdefault(matrix.group, matrix.kind)
     name, memory = _name(placement), _memory_of(model, placement)
-    overlap = 1.0
+    overlap, blocks = 1.0, cost.compute - cost.outside
     if waits and speeds.disk is None:
         return Row(name, None, memory, reason="the disk cannot be measured")
     if waits and speeds.disk is not None:
         cost.disk += len(waits) * speeds.disk.round_trip
         kinds = list(waits.values())
-        shares = {**_OVERLAP, "neurons": cost.neurons / cost.compute}
+        shares = {**_OVERLAP, "neurons": cost.neurons / blocks}
         overlap = sum(shares[kind] for kind in kinds) / len(kinds)
-    seconds = max(cost.compute, cost.disk) + (1 - overlap) * min(cost.compute, cost.disk)
+    seconds = cost.outside + max(blocks, cost.disk) + (1 - overlap) * min(blocks, cost.disk)
     return Row(
         name,
         1 / seconds,
