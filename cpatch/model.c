@@ -518,6 +518,7 @@ static struct flash *open_flash(const int *fds, int n_files, const struct pi_fla
                                 size_t err_len) {
     const struct flash_options options = {.engine = (enum io_engine)spec->engine,
                                           .depth = spec->depth,
+                                          .flight = spec->flight < 0 ? 0 : (size_t)spec->flight,
                                           .gap = spec->gap < 0 ? 0 : (size_t)spec->gap,
                                           .run = spec->run < 0 ? 0 : (size_t)spec->run,
                                           .transit = spec->transit < 0 ? 0 : (size_t)spec->transit,

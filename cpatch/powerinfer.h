@@ -88,6 +88,7 @@ struct pi_slab_spec {
 struct pi_flash_spec {
     int engine;   /* enum io_engine: 0 chooses */
     int depth;    /* reads in flight; 0: default */
+    int64_t flight; /* bytes in flight, about; 0: no bound */
     int64_t gap;  /* bytes that are read through rather than skipped between two wanted neurons */
     int64_t run;  /* longest read of several neurons */
     int64_t transit; /* bytes of memory for neurons that are wanted once and not kept */

@@ -43,6 +43,7 @@ struct flash {
     struct pending pending[MAX_PENDING];
     int free_pending[MAX_PENDING], n_free_pending;
     int queue[MAX_PENDING], queue_head, queue_size; /* read numbers in order, not submitted yet */
+    size_t in_flight; /* bytes of those that are */
     uint8_t *staging;
     uint8_t *staging_used;       /* [n_staging] */
     int n_staging, staging_next; /* pages; where to look for free ones */
@@ -243,19 +244,22 @@ static void pump(struct flash *f) {
     while (f->queue_size > 0) {
         struct io_read reads[MAX_BATCH];
         const int room = f->options.depth - io_in_flight(f->io), most = room < MAX_BATCH ? room : MAX_BATCH;
+        size_t in_flight = f->in_flight;
         int n = 0;
-        while (n < f->queue_size && n < most) {
+        while (n < f->queue_size && n < most && (f->options.flight == 0 || in_flight < f->options.flight)) {
             const int tag = f->queue[(f->queue_head + n) % MAX_PENDING];
             struct pending *p = &f->pending[tag];
             const struct store *s = p->store;
             if (!s->direct && p->staging < 0 && !take_staging(f, p)) break;
-            reads[n++] = read_of(p, tag, s->direct ? s->slots + (size_t)s->slot_of[p->first] * s->slot_size : staging_of(f, p));
+            reads[n] = read_of(p, tag, s->direct ? s->slots + (size_t)s->slot_of[p->first] * s->slot_size : staging_of(f, p));
+            in_flight += reads[n++].size;
         }
         if (n == 0) return;
         const int taken = io_submit(f->io, reads, n);
         for (int i = n - 1; i >= taken; i--) free_staging(f, &f->pending[reads[i].tag]); /* it may serve others first */
         f->queue_head = (f->queue_head + taken) % MAX_PENDING;
         f->queue_size -= taken;
+        for (int i = 0; i < taken; i++) f->in_flight += reads[i].size;
         if (taken < n) return;
     }
 }
@@ -305,6 +309,7 @@ static bool is_needed(const struct pending *p) {
 static void complete(struct flash *f, const struct io_done *done) {
     struct pending *p = &f->pending[done->tag];
     struct store *s = p->store;
+    f->in_flight -= read_of(p, 0, NULL).size;
     const bool failed = done->error != 0 || flash_stale(f);
     if (done->error != 0 && is_needed(p)) record_error(f, done->error, done->file, done->offset);
     const uint8_t *from = s->direct ? NULL : staging_of(f, p) + (unit_offset(s, p->first) & (s->align - 1));

@@ -28,6 +28,7 @@ struct flash;
 struct flash_options {
     enum io_engine engine;
     int depth;       /* reads in flight; 0: default */
+    size_t flight;   /* bytes in flight, from which on no more are submitted: what is wanted now waits for them; 0: no bound */
     size_t gap;      /* bytes of unwanted units that are read through rather than skipped */
     size_t run;      /* longest read of several units, in bytes; larger units are read on their own */
     size_t transit;  /* bytes of transit memory; 0: none */

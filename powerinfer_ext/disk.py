@@ -18,6 +18,8 @@ from typing import Any
 
 from powerinfer_ext.placement import DEPTH, GAP, RUN
 
+FLIGHT = 1.5e-3
+_LEAST_FLIGHT, _FLIGHT_UNKNOWN = 1 << 20, 4 << 20
 SECONDS = 0.2  # that measuring takes, about
 _VALID = 24 * 3600.0  # seconds after which a device is measured anew: a virtual one changes from hour to hour
 _SMALLEST = 4 << 20  # a smaller file says little about its device
@@ -80,6 +82,16 @@ def gap(path: str | os.PathLike[str]) -> int:
     """Bytes between two wanted ranges of the file at `path` that are read through rather than skipped."""
     found = cost(path)
     return GAP if found is None else min(found.gap, RUN // 2)
+
+
+def flight(path: str | os.PathLike[str]) -> int:
+    """Bytes that are asked for at a time: what the device reads in `FLIGHT` seconds.
+
+    Fewer would leave it idle while threads compute. With more, what is wanted now waits for what was asked for before
+    because it may be wanted later; and some virtual devices report no end before there is nothing left to do.
+    """
+    found = cost(path)
+    return _FLIGHT_UNKNOWN if found is None else max(_LEAST_FLIGHT, int(found.bandwidth * FLIGHT))
 
 
 def _measure(path: str | os.PathLike[str], size: int) -> DiskCost | None:

@@ -365,7 +365,8 @@ def _open_model(
         spec.file, spec.offset = matrix.source.file, matrix.source.offset
     flash = ffi.new("struct pi_flash_spec *")
     flash.engine, flash.depth, flash.run = IO_ENGINES[options.io], DEPTH, RUN
-    flash.gap = disk.gap(files.first.path) if placement.streams else 0
+    if placement.streams:
+        flash.gap, flash.flight = disk.gap(files.first.path), disk.flight(files.first.path)
     flash.ahead = options.prefetch
     flash.transit = TRANSIT if placement.bundles else 0
     return lib.pi_model_open(

@@ -111,6 +111,7 @@ def test_a_device_is_measured_once(cache: Path, tmp_path: Path, monkeypatch: pyt
     disk._measured.clear()  # as a new process
     assert disk.cost(path) == found
     assert disk.gap(path) == min(found.gap, disk.RUN // 2)
+    assert disk.flight(path) == max(MIB, int(found.bandwidth * disk.FLIGHT))
     assert [name.name for name in cache.parent.iterdir()] == ["disk.json"]
 
 
@@ -156,7 +157,7 @@ def test_what_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     small = tmp_path / "small"
     small.write_bytes(b"x")
     assert disk.cost(small) is None and disk.cost(tmp_path / "nothing") is None
-    assert disk.gap(small) == disk.GAP
+    assert disk.gap(small) == disk.GAP and disk.flight(small) > MIB
     monkeypatch.setattr(disk, "_measure", lambda *arguments: None)  # a tmpfs
     assert disk.cost(_file(tmp_path)) is None
 

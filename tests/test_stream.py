@@ -74,13 +74,14 @@ class File:
         self.path = path
 
     def open(self, activation: int, slots: int = 0, hot: int = 0, engine: str = "io_uring", gap: int = 2048,
-             policy: int = 0, depth: int = 8, transit: int = 0, frequency: np.ndarray | None = None) -> Any:
+             policy: int = 0, depth: int = 8, flight: int = 0, transit: int = 0,
+             frequency: np.ndarray | None = None) -> Any:
         """struct pi_model; with slots it is streamed. transit: units that transit memory has room for."""
         ffi, lib = native()
         self.spec[0].n_slots, self.spec[0].n_hot = slots, hot
         self.spec[0].frequency = ffi.NULL if frequency is None else ffi.from_buffer("float[]", frequency)
         flash = ffi.new("struct pi_flash_spec *", {"engine": ENGINES[engine], "depth": depth, "gap": gap,
-                                                   "run": 16384, "policy": policy,
+                                                   "flight": flight, "run": 16384, "policy": policy,
                                                    "transit": transit * (-(-self.spec[0].stride // 64) * 64)})
         message = ffi.new("char[]", 256)
         with open(self.path, "rb") as file:
@@ -150,7 +151,8 @@ def test_streamed_is_resident_bit_for_bit(tmp_path: Path, case: str, engine: str
     caches = [(1, 0, 0, 0, 0), (2, 1, 2048, 1, 0), (17, 3, 0, 0, 0), (100, 40, 2048, 1, 0), (units, 10, 512, 0, 40)]
     caches += [(1, 0, 0, 0, 1), (2, 1, 2048, 1, 3), (100, 40, 2048, 0, 1), (60, 20, 1024, 0, 17), (100, 0, 0, 1, 400)]
     for slots, hot, gap, policy, transit in caches:
-        streamed = file.open(activation, slots, hot, engine, gap, policy, transit=transit)
+        flight = (0, 1, 8192)[slots % 3]  # bytes; 1: one read at a time
+        streamed = file.open(activation, slots, hot, engine, gap, policy, flight=flight, transit=transit)
         for job, (_, out, h) in zip(work, expected, strict=True):
             code, again, activations = file.run(streamed, *job)
             assert code == 0
