@@ -413,7 +413,7 @@ def _one_run(entry: figures.Series, work: figures.Workload, limit: int | None, c
     job = Job(
         entry.model, work.prompt, work.gen, work.threads, work.tokens, entry.extra_bufts, memory=limit
     )
-    beside = _speeds_beside(entry, limit)
+    memory_before, costs_before = _speeds_beside(entry, limit)
     with memory_limit.limited(limit) as bounds:
         before = _cpu_times()
         try:
@@ -428,7 +428,9 @@ def _one_run(entry: figures.Series, work: figures.Workload, limit: int | None, c
             entry.runs.append(None)
             return bounds.how
         after = _cpu_times()
-    result.update(_fastest(beside, _speeds_beside(entry, limit)))
+    memory_after, costs_after = _speeds_beside(entry, limit)
+    result["memory_gbps"] = max(memory_before + memory_after, default=None)
+    result["read_costs"] = costs_before + costs_after
     result["others_cpu_share"] = _others_share(before, after, result["cpu_s"])
     result["page_cache_before_bytes"] = left
     result["page_cache_bytes"] = sum(map(memory_limit.cached_bytes, files))
@@ -437,21 +439,12 @@ def _one_run(entry: figures.Series, work: figures.Workload, limit: int | None, c
     return bounds.how
 
 
-def _speeds_beside(entry: figures.Series, limit: int | None) -> dict[str, Any]:
-    """What memory gives now, or, where it is limited and ours reads from the disk, what reads cost there."""
+def _speeds_beside(entry: figures.Series, limit: int | None) -> tuple[list[float], list[dict[str, float]]]:
+    """What memory gives now (GB/s), or, where it is limited and ours reads from the disk, what reads cost there."""
     if limit is None:
-        return {"memory_gbps": [rate / 1e9 for rate in _memory_speed(BESIDE, mean=True)]}
+        return [rate / 1e9 for rate in _memory_speed(BESIDE, mean=True)], []
     cost = disk.cost(entry.model, remeasure=True) if entry.engine.is_sparse else None
-    return {"read_costs": [asdict(cost)] if cost is not None else []}
-
-
-def _fastest(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Two `_speeds_beside` as a run's entries: bandwidth is the larger one, of costs both stay."""
-    both = {key: before[key] + after[key] for key in before}
-    return {
-        "memory_gbps": max(both.get("memory_gbps", []), default=None),
-        "read_costs": both.get("read_costs", []),
-    }
+    return [], [asdict(cost)] if cost is not None else []
 
 
 def planned(
