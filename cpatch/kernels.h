@@ -7,7 +7,7 @@
  * Results do not depend on how a list is cut into calls, bit for bit: each dot product is a sum of its own, and every
  * element of y receives its terms in list order, one fused multiply-add each: of the factor with the weight, or, in
  * types of integers with scales, of factor times scale with the integer (the portable version rounds product and
- * sum), or, with AVX2 in Q4_0, with the integer plus 8. Streaming relies on that.
+ * sum); in types of 4 bits the integer may have a constant added, which is taken off in the end. Streaming relies on that.
  *
  * Where there are AVX-512's products of pairs of bfloat16 (level avx512bf16), factor times scale is rounded to bfloat16 for
  * the types of 4 bits (Q4_0, Q4_K, MXFP4): half the instructions, which is what bounds those sums. It moves each term by

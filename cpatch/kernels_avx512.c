@@ -22,9 +22,7 @@ BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define WIDTH 16
 #define ROWS 8    /* as many streams of addresses as a core needs to keep its requests going */
 #define COLUMNS 8 /* they save loads and stores of y, too */
-#define DOT_ASKS 2
-/* Row by row: GCC would rather begin with all of them, for which there are no registers. */
-#define IN_TURN __asm__ volatile("" ::: "memory")
+#define ROW_BY_ROW /* GCC would rather begin with all of them, for which there are no registers */
 #ifndef WITH_BF16
 #define DOTS_ONLY
 #endif
@@ -35,12 +33,17 @@ typedef __m512 vf;
 typedef __m512i factors;
 #include "kernels_x86.h"
 
+/* Out of the first 128 bytes of 8 blocks of 4 bits: the halves they begin with, and the bytes that MXFP4's do. */
+PRIMITIVE v16 halves_18(__m512i first, __m512i middle) {
+    const __m512i at = _mm512_castsi128_si512(_mm_set_epi16(63, 54, 45, 36, 27, 18, 9, 0));
+    return _mm512_castsi512_si128(_mm512_permutex2var_epi16(first, at, middle));
+}
+
 /* 8 halves, stride bytes apart, times factor, out of 128 bytes at a time. */
 PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float factor, float *out) {
     __m128i h;
     if (stride == 18) {
-        const __m512i at = _mm512_castsi128_si512(_mm_set_epi16(63, 54, 45, 36, 27, 18, 9, 0));
-        h = _mm512_castsi512_si128(_mm512_permutex2var_epi16(_mm512_loadu_si512(p), at, _mm512_loadu_si512(p + 64)));
+        h = halves_18(_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64));
     } else { /* 34 */
         const __m512i at = _mm512_castsi128_si512(_mm_set_epi16(0, 0, 0, 0, 51, 34, 17, 0));
         const __m512i a = _mm512_permutex2var_epi16(_mm512_loadu_si512(p), at, _mm512_loadu_si512(p + 64));
@@ -50,15 +53,19 @@ PRIMITIVE void halves_8(const uint8_t *p, size_t stride, float factor, float *ou
     _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtph_ps(h), _mm256_set1_ps(factor)));
 }
 
+#ifdef WITH_BF16
+PRIMITIVE v16 bytes_17(__m512i first, __m512i middle) {
+    const __m512i at = _mm512_castsi128_si512(_mm_setr_epi8(0, 17, 34, 51, 68, 85, 102, 119, 0, 0, 0, 0, 0, 0, 0, 0));
+    return _mm512_castsi512_si128(_mm512_permutex2var_epi8(first, at, middle));
+}
+#endif
 PRIMITIVE void powers_8(const uint8_t *p, size_t stride, float factor, float *out) {
 #ifdef WITH_BF16
-    const __m512i at = _mm512_castsi128_si512(_mm_setr_epi8(0, 17, 34, 51, 68, 85, 102, 119, 0, 0, 0, 0, 0, 0, 0, 0));
-    const v16 bytes = _mm512_castsi512_si128(_mm512_permutex2var_epi8(_mm512_loadu_si512(p), at, _mm512_loadu_si512(p + 64)));
-    (void)stride; /* 17, out of 128 bytes */
+    (void)stride; /* 17 */
+    _mm256_storeu_ps(out, powers_of(bytes_17(_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64)), factor));
 #else
-    const v16 bytes = bytes_8(p, stride);
+    _mm256_storeu_ps(out, powers_of(bytes_8(p, stride), factor));
 #endif
-    _mm256_storeu_ps(out, powers_of(bytes, factor));
 }
 
 PRIMITIVE vf zero_f(void) { return _mm512_setzero_ps(); }
@@ -99,7 +106,7 @@ PRIMITIVE vb lookup(const uint8_t *table, vb v) {
 #define BYTES(i) (i), (i) + 1, (i) + 2, (i) + 3, (i) + 4, (i) + 5, (i) + 6, (i) + 7
 #define LANE(i) BYTES(i), BYTES((i) + 8)
 static const uint8_t apart_34[64] = {LANE(0), LANE(34), LANE(64 + 14), LANE(64 + 48)};
-/* For last_16(): of blocks 0 to 3, at their places, and of 4 to 7, in bytes that begin at 64 and, above those, end with 7. */
+/* For last_16(): at their places in a chunk; for blocks 4 to 7, in its bytes from 64 on and, above those, in its last 64. */
 static const uint8_t ends_17[2][64] = {{LANE(1), LANE(18), LANE(35), LANE(52)}, {LANE(5), LANE(22), LANE(64 + 31), LANE(64 + 48)}};
 static const uint8_t ends_18[2][64] = {{LANE(2), LANE(20), LANE(38), LANE(56)}, {LANE(10), LANE(28), LANE(64 + 30), LANE(64 + 48)}};
 #endif
@@ -115,12 +122,27 @@ PRIMITIVE vb lanes(const uint8_t *p, size_t stride) {
     return join(load_2_lanes(p, stride), load_2_lanes(p + 2 * stride, stride));
 }
 #ifdef WITH_BF16
-#define LAST_16 /* of blocks b to b + 3 of 8: out of the first 128 bytes, or of bytes 64 to 128 and the last 64 */
-PRIMITIVE vb last_16(const uint8_t *chunk, size_t size, int b) { /* there are few loads, and the compiler makes each once */
-    const uint8_t *order = size == 17 ? ends_17[b / 4] : ends_18[b / 4];
-    const __m512i middle = _mm512_loadu_si512(chunk + 64), at = _mm512_loadu_si512(order);
-    if (b == 0) return _mm512_permutex2var_epi8(_mm512_loadu_si512(chunk), at, middle);
-    return _mm512_permutex2var_epi8(middle, at, _mm512_loadu_si512(chunk + 8 * size - 64));
+#define WHOLE_CHUNKS /* of 8 blocks of 4 bits: the first 128 bytes, and the last 64 */
+struct whole_chunk {
+    __m512i first, middle, last;
+};
+/* A load across cache lines takes as long as two instructions on what it loads, so it is made once, and not again by each of them. */
+PRIMITIVE __m512i load_once(const uint8_t *p) {
+    __m512i v = _mm512_loadu_si512(p);
+    __asm__("" : "+v"(v));
+    return v;
+}
+PRIMITIVE struct whole_chunk whole_chunk(const uint8_t *p, size_t size) {
+    return (struct whole_chunk){load_once(p), load_once(p + 64), load_once(p + 8 * size - 64)};
+}
+PRIMITIVE void chunk_scales(const struct whole_chunk *c, size_t size, float *out) {
+    _mm256_storeu_ps(out, size == 18 ? _mm256_cvtph_ps(halves_18(c->first, c->middle))
+                                     : powers_of(bytes_17(c->first, c->middle), 1.0f));
+}
+/* The last 16 bytes of blocks 0 to 3 (g 0), and of 4 to 7. */
+PRIMITIVE vb last_16(const struct whole_chunk *c, size_t size, int g) {
+    const __m512i at = _mm512_loadu_si512(size == 17 ? ends_17[g] : ends_18[g]);
+    return _mm512_permutex2var_epi8(g == 0 ? c->first : c->middle, at, g == 0 ? c->middle : c->last);
 }
 #endif
 PRIMITIVE vb lanes_of_pairs(const uint8_t *p) { return join(load_2_lanes(p, 16), load_2_lanes(p + 64, 16)); }
@@ -236,38 +258,84 @@ PRIMITIVE float sum_lane(vf v, int lane) {
 
 #ifdef WITH_BF16
 #define PAIRS /* two columns at a time, by products of pairs of bfloat16 */
-typedef __m512i table;
-PRIMITIVE table load_table(const int16_t *bf16_32) { return _mm512_loadu_si512(bf16_32); }
+#define PAIR_BIAS 16 /* what pair_values() adds to nibbles */
 
 /* Where byte i of 16-byte pieces x and y of the first column (f), and of the second, is put: [sx sy fx fy] in int32 i. */
 #define QUAD(i, x, y) 64 + (x) + (i), 64 + (y) + (i), (x) + (i), (y) + (i)
 #define QUADS(i, x, y) QUAD(i, x, y), QUAD(i + 1, x, y), QUAD(i + 2, x, y), QUAD(i + 3, x, y)
-#define ORDER(x, y) {QUADS(0, x, y), QUADS(4, x, y), QUADS(8, x, y), QUADS(12, x, y)}
-/* The pieces are at x and y = x + apart in 64 bytes of each column. */
-PRIMITIVE vb quads(const uint8_t *first, const uint8_t *second, int x, int apart) {
-    static const uint8_t order[][64] = {ORDER(0, 16), ORDER(32, 48), ORDER(0, 17), ORDER(31, 48), ORDER(0, 18), ORDER(30, 48)};
-    const uint8_t *at = order[(apart - 16) * 2 + (x > 0)];
-    return _mm512_permutex2var_epi8(_mm512_loadu_si512(first), _mm512_loadu_si512(at), _mm512_loadu_si512(second));
+/* The same as [sx fx] for four i, then [sy fy] for these. */
+#define TWO(i, x) 64 + (x) + (i), (x) + (i)
+#define TWOS(i, x) TWO(i, x), TWO(i + 1, x), TWO(i + 2, x), TWO(i + 3, x)
+#define ORDER(of, x, y) {of(0, x, y), of(4, x, y), of(8, x, y), of(12, x, y)}
+#define APART(i, x, y) TWOS(i, x), TWOS(i, y)
+/* MXFP4's values (gguf: MXFP4.kvalues) as bfloat16, doubled. */
+#define VALUES(sign) \
+    0x0000 + (sign), 0x3f80 + (sign), 0x4000 + (sign), 0x4040 + (sign), 0x4080 + (sign), 0x40c0 + (sign), 0x4100 + (sign), 0x4140 + (sign)
+/* Of a Q4_K block, or of 8 of 32 values, pieces 2 * part and 2 * part + 1 of 16 bytes, as pairs of bfloat16: the low and the
+ * high nibbles of the first piece, then of the other. */
+PRIMITIVE void pair_values(int type, const uint8_t *first, const uint8_t *second, int part, bool odd, vb *out) {
+    if (type == K_MXFP4) { /* looked up; twice, as the index has a fifth bit, which is another nibble's */
+        static const uint16_t values[32] = {VALUES(0), VALUES(0x8000), VALUES(0), VALUES(0x8000)};
+        static const uint8_t order[4][64] = {ORDER(QUADS, 1, 18), ORDER(QUADS, 3, 20), ORDER(QUADS, 5, 22), ORDER(QUADS, 31, 48)};
+        const vb at = _mm512_loadu_si512(order[part]), table = _mm512_loadu_si512(values);
+        const size_t window = part < 3 ? 32 * (size_t)part : 8 * 17 - 64;
+        const vb q = _mm512_permutex2var_epi8(_mm512_loadu_si512(first + window), at, _mm512_loadu_si512(second + window));
+        out[0] = _mm512_permutexvar_epi16(q, table);
+        out[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(q, 4), table);
+        out[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(q, 8), table);
+        out[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(q, 12), table);
+        return;
+    }
+    /* 16 + n is 0x4180 + 8 * n as bfloat16: its lower byte is made of the nibble by one instruction. */
+    const vb upper = _mm512_set1_epi8(0x41);
+    vb q;
+    if (type == K_Q4_K) {
+        static const uint8_t order[64] = ORDER(APART, 0, 16);
+        const __m512i f = _mm512_castsi256_si512(load_2_lanes(first + 16 + 32 * part, 16));
+        q = _mm512_permutex2var_epi8(f, _mm512_loadu_si512(order), _mm512_castsi256_si512(load_2_lanes(second + 16 + 32 * part, 16)));
+    } else { /* all but the last parts begin within 32 bytes from a multiple of 32 on, where loads take half the time */
+        static const uint8_t order[2][4][64] = {
+            {ORDER(APART, 2, 20), ORDER(APART, 6, 24), ORDER(APART, 10, 28), ORDER(APART, 30, 48)},
+            {ORDER(APART, 18, 36), ORDER(APART, 22, 40), ORDER(APART, 26, 44), ORDER(APART, 30, 48)}};
+        const ptrdiff_t window = part == 3 ? 8 * 18 - 64 : 32 * part - 16 * odd;
+        const __m512i at = _mm512_loadu_si512(order[odd][part]);
+        q = _mm512_permutex2var_epi8(_mm512_loadu_si512(first + window), at, _mm512_loadu_si512(second + window));
+    }
+    const vb low = _mm512_gf2p8affine_epi64_epi8(q, _mm512_set1_epi64(0x0000000102040800), 0x80);
+    const vb high = _mm512_gf2p8affine_epi64_epi8(q, _mm512_set1_epi64(0x0000001020408000), 0x80);
+    out[0] = _mm512_unpacklo_epi8(low, upper);
+    out[1] = _mm512_unpacklo_epi8(high, upper);
+    out[2] = _mm512_unpackhi_epi8(low, upper);
+    out[3] = _mm512_unpackhi_epi8(high, upper);
 }
-/* sum += first factor * first column's weight, then the second's: of nibble i of both columns' 16 bits. */
-PRIMITIVE vf dot_pairs(vf sum, vb q, int i, table values, const uint32_t *factors) {
-    const vb nibbles = i == 0 ? q : _mm512_srli_epi16(q, 4 * (unsigned)i); /* the table ignores what is above them */
-    const __m512i w = _mm512_permutexvar_epi16(nibbles, values);
+/* sum += first factor * first column's weight, then the second's. */
+PRIMITIVE vf dot_pairs(vf sum, vb w, const uint32_t *factors) {
     return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)*factors));
 }
-PRIMITIVE void scale_8(const float *x, float factor, float *out) {
-    _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_loadu_ps(x), _mm256_set1_ps(factor)));
+typedef __m256 v8;
+PRIMITIVE v8 load_8(const float *p) { return _mm256_loadu_ps(p); }
+PRIMITIVE void store_8(float *p, v8 v) { _mm256_storeu_ps(p, v); }
+PRIMITIVE v8 add_8(v8 a, v8 b) { return _mm256_add_ps(a, b); }
+PRIMITIVE v8 times_8(v8 v, float a) { return _mm256_mul_ps(v, _mm256_set1_ps(a)); }
+/* sum += weight * the first factors of 8 pairs, then the second ones'; weight: one of few bits. */
+PRIMITIVE v8 add_pairs_8(v8 sum, const uint32_t *pairs, int weight) {
+    const float f = (float)weight;
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    const __m256i upper = _mm256_set1_epi16((short)(bits >> 16));
+    return _mm256_dpbf16_ps(sum, (__m256bh)_mm256_loadu_si256((const __m256i *)pairs), (__m256bh)upper);
 }
-/* y[0..8) += a * (8 * scale + minimum). */
-PRIMITIVE void add_offsets_8(const float *scale, const float *minimum, float a, float *y) {
-    const __m256 offset = _mm256_fmadd_ps(_mm256_set1_ps(8.0f), _mm256_loadu_ps(scale), _mm256_loadu_ps(minimum));
-    _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_set1_ps(a), offset, _mm256_loadu_ps(y)));
-}
+PRIMITIVE v8 fma_8(v8 v, float a, v8 b) { return _mm256_fmadd_ps(v, _mm256_set1_ps(a), b); }
 /* out[0..8) = pairs of factors, the first one in the upper half, since it is added first. */
 PRIMITIVE void pair_8(const float *first, const float *second, uint32_t *out) {
     const __m256i order = _mm256_set_epi16(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0);
     const __m256i both = (__m256i)_mm256_cvtne2ps_pbh(_mm256_loadu_ps(first), _mm256_loadu_ps(second));
     _mm256_storeu_si256((__m256i *)out, _mm256_permutexvar_epi16(order, both));
+}
+/* The first factors of 8 pairs (which 0), or the second ones. */
+PRIMITIVE v8 pair_half(const uint32_t *pairs, int which) {
+    const __m256i both = _mm256_loadu_si256((const __m256i *)pairs);
+    return _mm256_castsi256_ps(which == 0 ? _mm256_and_si256(both, _mm256_set1_epi32((int)0xffff0000u)) : _mm256_slli_epi32(both, 16));
 }
 #endif
 

@@ -13,7 +13,7 @@
  * nor on the level where the level has fused multiply-adds; but for types of 4 bits, which have add_256() with two of them.
  *
  * Rows lie scattered, and the hardware's prefetching starts anew in each; so every chunk of a row also asks for the
- * same chunk of the rows that will be read in its place. */
+ * same chunk of the rows that will be read in its place (struct ahead). */
 #include "kernels_simd.h"
 
 #include <string.h>
@@ -31,7 +31,9 @@ enum { CHUNK = 8, /* blocks of 32 values between prefetches; their scales are co
 /* What is in memory is read back from there: a broadcast from memory is free, one out of a vector is not, and GCC would
  * rather take the scales out of the vectors that they were stored from. */
 #define IN_MEMORY __asm__ volatile("" ::: "memory")
-#ifndef IN_TURN
+#ifdef ROW_BY_ROW
+#define IN_TURN IN_MEMORY
+#else
 #define IN_TURN
 #endif
 
@@ -43,21 +45,28 @@ INLINE size_t block_size(int type) {
          : type == K_Q4_K ? Q4_K_SIZE : type == K_Q5_K ? Q5_K_SIZE : Q6_K_SIZE;
 }
 
-#ifndef DOT_ASKS /* how often dot products ask for a row, as requests get lost; sums of columns have no time for more than one */
-#define DOT_ASKS 1
-#endif
+/* Rows to be asked for while a group of them is read: those of the next group and of the one after it. Each is asked for
+ * twice, since the second cache level drops requests when it has too many, and little by little, since a core that cannot make
+ * a request does not compute meanwhile. */
+enum { ASKS = 2 };
+struct ahead {
+    const uint8_t *rows[ASKS][ROWS > COLUMNS ? ROWS : COLUMNS];
+};
 
-/* Asks for bytes [at, at + bytes) of the `times` groups of rows that come after these count ones; left: how many rows there
- * are from rows[0] on. Into the second cache level: the first one takes few requests at a time, and a core that waits to
- * make one does not compute meanwhile. */
-INLINE void fetch_next(const uint8_t *const *rows, int count, int left, size_t at, size_t bytes, int times) {
-    for (int group = 1; group <= times; group++) {
-        const int there = left - group * count < count ? left - group * count : count;
-        NO_UNROLL for (int r = 0; r < there; r++) {
-            const uint8_t *next = rows[group * count + r] + at;
-            UNROLL for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
-        }
+/* left: how many rows there are from rows[0] on; where there are no more, the last one is asked for. */
+INLINE void look_ahead(struct ahead *ahead, const uint8_t *const *rows, int count, int left) {
+    for (int i = 0; i < ASKS; i++) {
+        for (int r = 0, k = (i + 1) * count; r < count; r++, k++) ahead->rows[i][r] = rows[k < left ? k : left - 1];
     }
+}
+
+/* Asks for bytes [at, at + bytes) of row r of group i: into the second cache level, as the first one takes few requests. */
+INLINE void ask(const struct ahead *ahead, int i, int r, size_t at, size_t bytes) {
+    UNROLL for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(ahead->rows[i][r] + at + line, 0, 2);
+}
+
+INLINE void ask_twice(const struct ahead *ahead, int r, size_t at, size_t bytes) {
+    UNROLL for (int i = 0; i < ASKS; i++) ask(ahead, i, r, at, bytes);
 }
 
 /* The scales of a chunk's blocks, as floats, times factor. */
@@ -73,18 +82,8 @@ INLINE int block_bias(int type) {
     return type == K_Q4_0 ? 8 : type == K_MXFP4 ? 12 : SIGNED_BIAS;
 }
 
-#ifndef LAST_16 /* The last 16 bytes of LANES blocks of a chunk, from b on. */
-INLINE vb last_16(const uint8_t *chunk, size_t size, int b) { return lanes(chunk + (size_t)b * size + size - 16, size); }
-#endif
-
-/* LANES blocks of a chunk, from b on: *lo their values 0..15, *hi 16..31, with the bias added. */
-INLINE void block_values(int type, const uint8_t *chunk, int b, vb *lo, vb *hi) {
-    if (type == K_Q8_0) {
-        *lo = signed_weights(lanes(chunk + b * Q8_0_SIZE + 2, Q8_0_SIZE));
-        *hi = signed_weights(lanes(chunk + b * Q8_0_SIZE + 18, Q8_0_SIZE));
-        return;
-    }
-    const vb q = last_16(chunk, type == K_Q4_0 ? Q4_0_SIZE : MXFP4_SIZE, b);
+/* The values 0..15 and 16..31 of LANES blocks of 4 bits, with the bias added. */
+INLINE void nibble_values_of(int type, vb q, vb *lo, vb *hi) {
     *lo = low_nibbles(q);
     *hi = high_nibbles(q);
     if (type == K_MXFP4) {
@@ -93,13 +92,24 @@ INLINE void block_values(int type, const uint8_t *chunk, int b, vb *lo, vb *hi) 
     }
 }
 
+/* LANES blocks of a chunk, from b on: *lo their values 0..15, *hi 16..31, with the bias added. */
+INLINE void block_values(int type, const uint8_t *chunk, int b, vb *lo, vb *hi) {
+    if (type == K_Q8_0) {
+        *lo = signed_weights(lanes(chunk + b * Q8_0_SIZE + 2, Q8_0_SIZE));
+        *hi = signed_weights(lanes(chunk + b * Q8_0_SIZE + 18, Q8_0_SIZE));
+        return;
+    }
+    const size_t size = block_size(type);
+    nibble_values_of(type, lanes(chunk + (size_t)b * size + size - 16, size), lo, hi);
+}
+
 INLINE vi block_dot(int type, vi sum, vb lo, vb x_lo, vb hi, vb x_hi) {
     return type == K_Q8_0 ? dot_signed(dot_signed(sum, lo, x_lo), hi, x_hi) : dot_nibbles(sum, lo, x_lo, hi, x_hi);
 }
 
-/* acc[r * X + i] += the partial sums of a chunk of rows r and inputs i, without its first skip blocks. */
+/* acc[r * X + i] += the partial sums of a chunk of rows r and inputs i, without its first skip blocks. ahead: may be NULL. */
 INLINE void dots_chunk(int type, const uint8_t *const w[], size_t w_at, int R, const uint8_t *const x[], size_t x_at, int X,
-                       size_t skip, vf *acc) {
+                       size_t skip, vf *acc, const struct ahead *ahead) {
     const int bias = block_bias(type);
     float dx[ROWS][CHUNK];
     vb x_lo[ROWS][CHUNK / LANES], x_hi[ROWS][CHUNK / LANES];
@@ -116,11 +126,21 @@ INLINE void dots_chunk(int type, const uint8_t *const w[], size_t w_at, int R, c
     }
     UNROLL for (int r = 0; r < R; r++) {
         IN_TURN;
+        if (ahead != NULL) ask_twice(ahead, r, w_at, CHUNK * block_size(type));
         float dw[CHUNK], d[CHUNK];
         vb lo[CHUNK / LANES], hi[CHUNK / LANES];
         vi sums[CHUNK / LANES];
-        block_scales(type, w[r] + w_at, 1.0f, dw);
-        UNROLL for (int g = 0; g < CHUNK / LANES; g++) block_values(type, w[r] + w_at, g * LANES, &lo[g], &hi[g]);
+#ifdef WHOLE_CHUNKS
+        if (type != K_Q8_0) {
+            const struct whole_chunk chunk = whole_chunk(w[r] + w_at, block_size(type));
+            chunk_scales(&chunk, block_size(type), dw);
+            UNROLL for (int g = 0; g < CHUNK / LANES; g++) nibble_values_of(type, last_16(&chunk, block_size(type), g), &lo[g], &hi[g]);
+        } else
+#endif
+        {
+            block_scales(type, w[r] + w_at, 1.0f, dw);
+            UNROLL for (int g = 0; g < CHUNK / LANES; g++) block_values(type, w[r] + w_at, g * LANES, &lo[g], &hi[g]);
+        }
         UNROLL for (int i = 0; i < X; i++) {
             UNROLL for (int g = 0; g < CHUNK / LANES; g++) {
                 sums[g] = block_dot(type, start[i][g], lo[g], x_lo[i][g], hi[g], x_hi[i][g]);
@@ -142,21 +162,21 @@ INLINE void dots_blocks(int type, int64_t n, const uint8_t *const *w, int R, int
                         float *out) {
     const size_t size = block_size(type), blocks = (size_t)n / 32, rest = blocks % CHUNK;
     vf acc[ROWS];
+    struct ahead ahead;
+    look_ahead(&ahead, w, R, left);
     UNROLL for (int i = 0; i < R * X; i++) acc[i] = zero_f();
     for (size_t b = 0; b + CHUNK <= blocks; b += CHUNK) {
-        fetch_next(w, R, left, b * size, CHUNK * size, DOT_ASKS);
-        dots_chunk(type, w, b * size, R, x, b * Q8_0_SIZE, X, 0, acc);
+        dots_chunk(type, w, b * size, R, x, b * Q8_0_SIZE, X, 0, acc, X > 1 ? NULL : &ahead);
     }
     if (rest != 0 && blocks > CHUNK) { /* the last chunk's worth, without what the one before had of it */
         const size_t b = blocks - CHUNK;
-        fetch_next(w, R, left, b * size, CHUNK * size, DOT_ASKS);
-        dots_chunk(type, w, b * size, R, x, b * Q8_0_SIZE, X, CHUNK - rest, acc);
+        dots_chunk(type, w, b * size, R, x, b * Q8_0_SIZE, X, CHUNK - rest, acc, X > 1 ? NULL : &ahead);
     } else if (rest != 0) { /* with zeros behind it */
         uint8_t w_rest[ROWS][CHUNK * Q8_0_SIZE] = {{0}}, x_rest[ROWS][CHUNK * Q8_0_SIZE] = {{0}};
         const uint8_t *w_at[ROWS], *x_at[ROWS];
         for (int r = 0; r < R; r++) w_at[r] = memcpy(w_rest[r], w[r], rest * size);
         for (int i = 0; i < X; i++) x_at[i] = memcpy(x_rest[i], x[i], rest * Q8_0_SIZE);
-        dots_chunk(type, w_at, 0, R, x_at, 0, X, 0, acc);
+        dots_chunk(type, w_at, 0, R, x_at, 0, X, 0, acc, NULL);
     }
     UNROLL for (int i = 0; i < R * X; i++) out[i] = sum_f(acc[i]);
 }
@@ -245,11 +265,15 @@ INLINE void dots_k(int type, int64_t n, const uint8_t *const *w, int R, int left
                    float *out) {
     const size_t size = block_size(type), blocks = (size_t)n / 256;
     vf acc[ROWS], acc_min[ROWS];
+    struct ahead ahead;
+    look_ahead(&ahead, w, R, left);
     UNROLL for (int i = 0; i < R * X; i++) acc[i] = acc_min[i] = zero_f();
     for (size_t b = 0; b < blocks; b++) {
         const uint8_t *w_at[ROWS], *x_at[ROWS];
-        fetch_next(w, R, left, b * size, size, DOT_ASKS);
-        UNROLL for (int r = 0; r < R; r++) w_at[r] = w[r] + b * size;
+        UNROLL for (int r = 0; r < R; r++) {
+            w_at[r] = w[r] + b * size;
+            if (X == 1) ask_twice(&ahead, r, b * size, size);
+        }
         UNROLL for (int i = 0; i < X; i++) x_at[i] = x[i] + b * Q8_K_SIZE;
         dots_k_step(type, w_at, R, x_at, X, acc, acc_min);
     }
@@ -261,11 +285,12 @@ INLINE void dots_k(int type, int64_t n, const uint8_t *const *w, int R, int left
 INLINE void dots_q4_k(int64_t n, const uint8_t *const *w, int R, int left, const uint8_t *const *x, int X, float *out) {
     const size_t blocks = (size_t)n / 256;
     vf acc[ROWS], acc_min[ROWS]; /* a lane of acc_min is one row's */
+    struct ahead ahead;
+    look_ahead(&ahead, w, R, left);
     UNROLL for (int i = 0; i < R * X; i++) acc[i] = acc_min[i] = zero_f();
     for (size_t b = 0; b < blocks; b++) {
         _Alignas(64) float factors[ROWS][4 * LANES];
         vi sums[ROWS];
-        fetch_next(w, R, left, b * Q4_K_SIZE, Q4_K_SIZE, DOT_ASKS);
         UNROLL for (int i = 0; i < X; i++) sums[i] = sums_of_32(x[i] + b * Q8_K_SIZE + 260);
         UNROLL for (int first = 0; first < R; first += LANES) {
             const int count = R < LANES ? R : LANES;
@@ -283,6 +308,7 @@ INLINE void dots_q4_k(int64_t n, const uint8_t *const *w, int R, int left, const
             }
             IN_MEMORY;
             UNROLL for (int r = 0; r < count; r++) {
+                if (X == 1) ask_twice(&ahead, first + r, b * Q4_K_SIZE, Q4_K_SIZE);
                 const vb own = same_lane(scales, r);
                 vi sum[ROWS];
                 UNROLL for (int i = 0; i < X; i++) sum[i] = zero_i();
@@ -322,10 +348,12 @@ INLINE void dots_floats(int type, int64_t n, const uint8_t *const *w, int R, int
     const size_t one = float_size(type), size = (size_t)n * one;
     const size_t step = WIDTH * one, whole = size - size % step;
     vf acc[ROWS];
+    struct ahead ahead;
+    look_ahead(&ahead, w, R, left);
     UNROLL for (int i = 0; i < R * X; i++) acc[i] = zero_f();
     for (size_t at = 0; at < whole;) {
         const size_t end = whole - at < 512 ? whole : at + 512;
-        fetch_next(w, R, left, at, end - at, DOT_ASKS);
+        NO_UNROLL for (int r = 0; r < R && X == 1; r++) ask_twice(&ahead, r, at, end - at);
         for (; at < end; at += step) {
             vf xv[ROWS];
             UNROLL for (int i = 0; i < X; i++) xv[i] = load_floats(type, x[i] + at);
@@ -382,18 +410,24 @@ INLINE void dots_list(int type, int64_t n, const uint8_t *const *rows, int n_row
     }
 }
 
+/* X(type) for each type. Their code is kept in functions of their own: GCC allocates registers better in those than in one
+ * that has all of it. */
+#define OUT_OF_LINE static __attribute__((noinline))
+#define BLOCK_AND_FLOAT_TYPES(X) \
+    X(K_F32) X(K_F16) X(K_BF16) X(K_Q4_0) X(K_Q8_0) X(K_MXFP4) X(K_Q4_K) X(K_Q5_K) X(K_Q6_K)
+
+#define DOTS_OF(TYPE)                                                                                              \
+    OUT_OF_LINE void dots_##TYPE(int64_t n, const uint8_t *const *rows, int n_rows, const uint8_t *const *xs,      \
+                                 int n_xs, float *out) {                                                           \
+        dots_list(TYPE, n, rows, n_rows, xs, n_xs, out);                                                           \
+    }
+BLOCK_AND_FLOAT_TYPES(DOTS_OF)
+
 static bool dots(int type, int64_t n, const uint8_t *const *rows, int n_rows, const uint8_t *const *xs, int n_xs,
                  float *out) {
+#define DOTS_CASE(TYPE) case TYPE: dots_##TYPE(n, rows, n_rows, xs, n_xs, out); return true;
     switch (type) {
-    case K_F32: dots_list(K_F32, n, rows, n_rows, xs, n_xs, out); return true;
-    case K_F16: dots_list(K_F16, n, rows, n_rows, xs, n_xs, out); return true;
-    case K_BF16: dots_list(K_BF16, n, rows, n_rows, xs, n_xs, out); return true;
-    case K_Q4_0: dots_list(K_Q4_0, n, rows, n_rows, xs, n_xs, out); return true;
-    case K_Q8_0: dots_list(K_Q8_0, n, rows, n_rows, xs, n_xs, out); return true;
-    case K_MXFP4: dots_list(K_MXFP4, n, rows, n_rows, xs, n_xs, out); return true;
-    case K_Q4_K: dots_list(K_Q4_K, n, rows, n_rows, xs, n_xs, out); return true;
-    case K_Q5_K: dots_list(K_Q5_K, n, rows, n_rows, xs, n_xs, out); return true;
-    case K_Q6_K: dots_list(K_Q6_K, n, rows, n_rows, xs, n_xs, out); return true;
+        BLOCK_AND_FLOAT_TYPES(DOTS_CASE)
     default: return false;
     }
 }
@@ -454,61 +488,57 @@ INLINE void k_scale_floats(int type, const uint8_t *block, float *scale, float *
 
 #ifdef PAIRS
 
-/* The values of 4 bits, as bfloat16 (exact), twice, so that a fifth bit does not matter. */
-INLINE table nibble_values(int type) {
-    enum { P1 = 0x3f80, P2 = 0x4000, P3 = 0x4040, P4 = 0x4080, P5 = 0x40a0, P6 = 0x40c0, P7 = 0x40e0, P8 = 0x4100,
-           P12 = 0x4140, MINUS = -0x8000 };
-#define TWICE(...) {__VA_ARGS__, __VA_ARGS__}
-    static const int16_t minus_8[32] = TWICE(MINUS + P8, MINUS + P7, MINUS + P6, MINUS + P5, MINUS + P4, MINUS + P3, MINUS + P2,
-                                             MINUS + P1, 0, P1, P2, P3, P4, P5, P6, P7);
-    static const int16_t mxfp4[32] = TWICE(0, P1, P2, P3, P4, P6, P8, P12, 0, MINUS + P1, MINUS + P2, MINUS + P3, MINUS + P4,
-                                           MINUS + P6, MINUS + P8, MINUS + P12);
-    return load_table(type == K_MXFP4 ? mxfp4 : minus_8);
-}
-
-/* pairs[c / 2][k]: what the k-th 32 of 256 values of columns c and c + 1 are multiplied with. */
+/* pairs[c / 2][k]: what the k-th 32 of 256 values of columns c and c + 1 are multiplied with. What has to be added for the
+ * minima, and for what pair_values() adds to nibbles, goes to offsets, column after column. */
 INLINE void pair_factors(int type, const uint8_t *const cols[], size_t at, int C, const float *a, uint32_t (*pairs)[8],
                          float *offsets) {
+    v8 alike = load_8(offsets);
     UNROLL for (int c = 0; c < C; c += 2) {
-        float d[2][8];
-        UNROLL for (int i = 0; i < 2; i++) {
-            const int of = c + i < C ? c + i : c;
-            const float factor = of == c + i ? a[of] : 0.0f;
+        const int count = c + 1 < C ? 2 : 1;
+        float d[2][8] = {{0}}, minimum[2][8];
+        UNROLL for (int i = 0; i < count; i++) {
             if (type == K_Q4_K) {
-                float scale[8], minimum[8];
-                k_scale_floats(K_Q4_K, cols[of] + at, scale, minimum);
-                scale_8(scale, factor, d[i]);
-                if (of == c + i) add_offsets_8(scale, minimum, factor, offsets);
+                float scale[8];
+                k_scale_floats(K_Q4_K, cols[c + i] + at, scale, minimum[i]);
+                store_8(d[i], times_8(load_8(scale), a[c + i]));
             } else {
-                block_scales(type, cols[of] + at, factor, d[i]);
+                block_scales(type, cols[c + i] + at, a[c + i], d[i]);
             }
         }
         pair_8(d[0], d[1], pairs[c / 2]);
+        if (type == K_Q4_0) alike = add_pairs_8(alike, pairs[c / 2], -8 - PAIR_BIAS);
+        UNROLL for (int i = 0; i < count && type == K_Q4_K; i++) { /* 8 times the factor is there as it was before it was rounded */
+            const v8 own = fma_8(pair_half(pairs[c / 2], i), -8 - PAIR_BIAS, times_8(load_8(minimum[i]), a[c + i]));
+            alike = add_8(alike, fma_8(load_8(d[i]), 8, own));
+        }
     }
+    store_8(offsets, alike);
 }
 
 #define ADDS_256(type) ((type) == K_Q4_0 || (type) == K_Q4_K || (type) == K_MXFP4)
-/* y[0..256) += a Q4_K block, or 8 of 32 values, at bytes into C columns, less what goes to offsets[0..8). */
-INLINE void add_256(int type, const uint8_t *const cols[], size_t at, int C, const float *a, float *y, float *offsets) {
-    const int size = (int)block_size(type), apart = type == K_Q4_K ? 16 : size; /* pieces of 16 bytes */
-    const int far = 3 * apart - 48; /* 64 bytes from there on end with the last of four */
-    const table values = nibble_values(type);
+/* y[0..256) += a Q4_K block, or 8 of 32 values, at bytes into C columns, less what goes to offsets[0..8). odd: whether it is
+ * one after an odd number of them. */
+INLINE void add_256(int type, const uint8_t *const cols[], size_t at, bool odd, int C, const float *a, float *y, float *offsets,
+                    const struct ahead *ahead) {
+    const size_t bytes = type == K_Q4_K ? Q4_K_SIZE : CHUNK * block_size(type);
     _Alignas(64) uint32_t pairs[COLUMNS / 2][8];
+    __asm__("" : "+r"(at)); /* or GCC keeps the sums of pointers and at on the stack */
     pair_factors(type, cols, at, C, a, pairs, offsets);
     IN_MEMORY;
-    at += (size_t)(type == K_Q4_K ? 16 : size - 16);
-    UNROLL for (int part = 0; part < 2; part++, y += 128, at += (size_t)(4 * apart)) {
+    UNROLL for (int part = 0; part < 4; part += 2, y += 128) {
         vf sums[8];
         UNROLL for (int i = 0; i < 8; i++) sums[i] = load_f(y + i * WIDTH);
         UNROLL for (int c = 0; c < C; c += 2) {
             const uint8_t *first = cols[c] + at, *second = cols[c + 1 < C ? c + 1 : c] + at;
-            UNROLL for (int b = 0; b < 4; b += 2) {
-                const vb q = quads(first + (b == 0 ? 0 : far), second + (b == 0 ? 0 : far), b == 0 ? 0 : 2 * apart - far, apart);
-                UNROLL for (int i = 0; i < 4; i++) { /* the low and the high nibbles of a piece, then of the other */
-                    /* A piece has a block's 32 values, or, in Q4_K, half of 32 in low nibbles and half of 32 in high ones. */
-                    vf *sum = &sums[2 * b + (type == K_Q4_K ? i % 2 * 2 + i / 2 : i)];
-                    const int k = 4 * part + b + (type == K_Q4_K ? i % 2 : i / 2);
-                    *sum = dot_pairs(*sum, q, i, values, &pairs[c / 2][k]);
+            for (int i = c; i < C && i < c + 2; i++) ask(ahead, part / 2, i, at, bytes);
+            UNROLL for (int b = 0; b < 2; b++) {
+                vb w[4]; /* the low and the high nibbles of 16 bytes, then of the next 16 */
+                pair_values(type, first, second, part + b, odd, w);
+                UNROLL for (int i = 0; i < 4; i++) {
+                    /* 16 bytes have a block's 32 values, or, in Q4_K, half of 32 in low nibbles and half of 32 in high ones. */
+                    vf *sum = &sums[4 * b + (type == K_Q4_K ? i % 2 * 2 + i / 2 : i)];
+                    const int k = 2 * (part + b) + (type == K_Q4_K ? i % 2 : i / 2);
+                    *sum = dot_pairs(*sum, w[i], &pairs[c / 2][k]);
                 }
             }
         }
@@ -521,7 +551,9 @@ INLINE void add_256(int type, const uint8_t *const cols[], size_t at, int C, con
 /* Nibbles become floats where they lie in 32 bits: times 16^k, which the sums are, too, until they are finished. So y is not
  * in its order, but for each 64 values nibble k of 8 integers of 32 bits at 8 * k: finish() puts that right. */
 #define ADDS_256(type) ((type) == K_Q4_0 || (type) == K_Q4_K)
-INLINE void add_256(int type, const uint8_t *const cols[], size_t at, int C, const float *a, float *y, float *offsets) {
+INLINE void add_256(int type, const uint8_t *const cols[], size_t at, bool odd, int C, const float *a, float *y, float *offsets,
+                    const struct ahead *ahead) {
+    (void)odd;
     float d[COLUMNS][8];
     vf alike = load_f(offsets);
     UNROLL for (int c = 0; c < C; c++) {
@@ -542,6 +574,7 @@ INLINE void add_256(int type, const uint8_t *const cols[], size_t at, int C, con
         UNROLL for (int k = 0; k < 8; k++) sums[k] = load_f(y + k * WIDTH);
         UNROLL for (int c = 0; c < C; c++) {
             const uint8_t *from = cols[c] + at + (type == K_Q4_0 ? part * 2 * Q4_0_SIZE + 2 : 16 + part * 32);
+            ask_twice(ahead, c, at + (size_t)part * Q4_K_SIZE / 4, Q4_K_SIZE / 4); /* Q4_0 has as many bytes */
             const vb q = lanes(from, type == K_Q4_0 ? Q4_0_SIZE : 16);
             const float *two = &d[c][2 * part];
             const vf low = type == K_Q4_0 ? lane_factors(two) : same_f(two[0]), high = type == K_Q4_0 ? low : same_f(two[1]);
@@ -556,45 +589,39 @@ static void finish(int type, int64_t n, float *y) {
 }
 #endif
 
-/* y[0..32 * count) += the chunk at bytes into C columns, of which count blocks are there. */
-INLINE void add_chunk(int type, const uint8_t *const cols[], size_t at, int C, int count, const float *a, float *y) {
+/* y[0..32 * count) += the chunk at bytes into C columns, of which count blocks are there. ahead: may be NULL. */
+INLINE void add_chunk(int type, const uint8_t *const cols[], size_t at, int C, int count, const float *a, float *y,
+                      const struct ahead *ahead) {
     _Alignas(64) float d[COLUMNS][CHUNK];
     _Alignas(64) uint8_t unpacked[COLUMNS][CHUNK * 32];
     UNROLL for (int c = 0; c < C; c++) block_scales(type, cols[c] + at, a[c], d[c]);
     IN_MEMORY;
     UNROLL for (int c = 0; c < C; c++) unpack_chunk(type, cols[c] + at, unpacked[c]);
     for (int b = 0; b < count; b++) {
+        if (ahead != NULL && b < C) ask_twice(ahead, b, at, CHUNK * block_size(type)); /* one column at each block */
         ADD_32(y + b * 32, d[c][b], C, int apart;
                const uint8_t *q = block_bytes(type, cols[c] + at, unpacked[c], b, &apart); load_32(q, apart, w));
     }
 }
 
-INLINE void axpys_blocks(int type, int64_t n, const uint8_t *const *cols, int C, int left, const float *a, float *y,
-                         float *offsets) {
+/* Blocks of 32 values, without the first `done` (a multiple of CHUNK). */
+INLINE void axpys_blocks(int type, int64_t n, size_t done, const uint8_t *const *cols, int C, const struct ahead *ahead,
+                         const float *a, float *y) {
     const size_t size = block_size(type), blocks = (size_t)n / 32, rest = blocks % CHUNK;
-    (void)offsets;
-    for (size_t b = 0; b + CHUNK <= blocks; b += CHUNK) {
-        fetch_next(cols, C, left, b * size, CHUNK * size, 1);
-#ifdef ADDS_256
-        if (ADDS_256(type) && offsets != NULL) {
-            add_256(type, cols, b * size, C, a, y + b * 32, offsets + b);
-            continue;
-        }
-#endif
-        add_chunk(type, cols, b * size, C, CHUNK, a, y + b * 32);
-    }
+    for (size_t b = done; b + CHUNK <= blocks; b += CHUNK) add_chunk(type, cols, b * size, C, CHUNK, a, y + b * 32, ahead);
     if (rest == 0) return;
     uint8_t padded[COLUMNS][CHUNK * Q8_0_SIZE] = {{0}};
     const uint8_t *at[COLUMNS];
     float sums[CHUNK * 32]; /* y may end within what is added at once */
     for (int c = 0; c < C; c++) at[c] = memcpy(padded[c], cols[c] + (blocks - rest) * size, rest * size);
     memcpy(sums, y + (blocks - rest) * 32, rest * 32 * sizeof(float));
-    add_chunk(type, at, 0, C, (int)rest, a, sums);
+    add_chunk(type, at, 0, C, (int)rest, a, sums, NULL);
     memcpy(y + (blocks - rest) * 32, sums, rest * 32 * sizeof(float));
 }
 
 /* y[0..256) += a K-block of C columns: its integers are laid out as bytes, then each 16 become floats. */
-INLINE void add_k_block(int type, const uint8_t *const cols[], size_t at, int C, const float *a, float *y, float *offsets) {
+INLINE void add_k_block(int type, const uint8_t *const cols[], size_t at, int C, const float *a, float *y, float *offsets,
+                        const struct ahead *ahead) {
     _Alignas(64) uint8_t q[COLUMNS][256];
     _Alignas(64) float factor[COLUMNS][16];
     float own[8] = {0}, *const constants = offsets != NULL ? offsets : own;
@@ -607,6 +634,7 @@ INLINE void add_k_block(int type, const uint8_t *const cols[], size_t at, int C,
     }
     IN_MEMORY;
     UNROLL for (int c = 0; c < C; c++) {
+        ask_twice(ahead, c, at, block_size(type));
         UNROLL for (int v = 0; v < 16 / LANES; v++) {
             const vb values = k_values(type, cols[c] + at, v);
             store_b(q[c] + v * LANES * 16, type == K_Q6_K ? minus(values, same_bytes(32)) : values);
@@ -628,18 +656,10 @@ INLINE void add_k_block(int type, const uint8_t *const cols[], size_t at, int C,
     for (int i = 0; i < 256 && offsets == NULL && type != K_Q6_K; i++) y[i] += own[i / 32];
 }
 
-INLINE void axpys_k(int type, int64_t n, const uint8_t *const *cols, int C, int left, const float *a, float *y,
+INLINE void axpys_k(int type, int64_t n, const uint8_t *const *cols, int C, const struct ahead *ahead, const float *a, float *y,
                     float *offsets) {
-    const size_t size = block_size(type), blocks = (size_t)n / 256;
-    for (size_t b = 0; b < blocks; b++) {
-        fetch_next(cols, C, left, b * size, size, 1);
-#ifdef ADDS_256
-        if (ADDS_256(type) && offsets != NULL) {
-            add_256(type, cols, b * size, C, a, y + b * 256, offsets + b * 8);
-            continue;
-        }
-#endif
-        add_k_block(type, cols, b * size, C, a, y + b * 256, offsets == NULL ? NULL : offsets + b * 8);
+    for (size_t b = 0; b < (size_t)n / 256; b++) {
+        add_k_block(type, cols, b * block_size(type), C, a, y + b * 256, offsets == NULL ? NULL : offsets + b * 8, ahead);
     }
 }
 
@@ -656,12 +676,12 @@ INLINE void add_one_32(int type, const uint8_t *col, const uint16_t *scales, flo
     ADD_32(y, a, 1, (void)c; plain_floats(type, col, scales, 0, w));
 }
 
-INLINE void axpys_plain(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, int C, int left,
-                        const float *a, float *y) {
+INLINE void axpys_plain(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, int C,
+                        const struct ahead *ahead, const float *a, float *y) {
     const size_t one = type == K_I8_SCALED ? 1 : float_size(type);
     int64_t at = 0;
     for (; at + 32 <= n; at += 32) {
-        if (at % 128 == 0) fetch_next(cols, C, left, (size_t)at * one, 128 * one, 1);
+        for (int c = 0; c < C && at % 128 == 0; c++) ask_twice(ahead, c, (size_t)at * one, 128 * one);
         ADD_32(y + at, a[c], C, plain_floats(type, cols[c], type == K_I8_SCALED ? scales[c] : NULL, at, w));
     }
     if (at == n) return;
@@ -679,9 +699,23 @@ INLINE void axpys_plain(int type, int64_t n, const uint8_t *const *cols, const u
 
 INLINE void axpys_some(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, int C, int left,
                        const float *a, float *y, float *offsets) {
-    if (type == K_Q4_0 || type == K_Q8_0 || type == K_MXFP4) axpys_blocks(type, n, cols, C, left, a, y, offsets);
-    else if (type == K_Q4_K || type == K_Q5_K || type == K_Q6_K) axpys_k(type, n, cols, C, left, a, y, offsets);
-    else axpys_plain(type, n, cols, scales, C, left, a, y);
+    struct ahead ahead;
+    size_t done = 0; /* blocks of 32 values */
+    look_ahead(&ahead, cols, C, left);
+#ifdef ADDS_256
+    if (ADDS_256(type) && offsets != NULL) {
+        const size_t size = type == K_Q4_K ? Q4_K_SIZE : CHUNK * block_size(type);
+        for (size_t i = 0; i < (size_t)n / 256; i++, done += 8) {
+            const bool odd = type == K_Q4_0 && i % 2 != 0;
+            if (odd) add_256(type, cols, i * size, true, C, a, y + i * 256, offsets + i * 8, &ahead);
+            else add_256(type, cols, i * size, false, C, a, y + i * 256, offsets + i * 8, &ahead);
+        }
+        if (done == (size_t)n / 32) return;
+    }
+#endif
+    if (type == K_Q4_0 || type == K_Q8_0 || type == K_MXFP4) axpys_blocks(type, n, done, cols, C, &ahead, a, y);
+    else if (type == K_Q4_K || type == K_Q5_K || type == K_Q6_K) axpys_k(type, n, cols, C, &ahead, a, y, offsets);
+    else axpys_plain(type, n, cols, scales, C, &ahead, a, y);
 }
 
 INLINE void axpys_list(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
@@ -696,19 +730,20 @@ INLINE void axpys_list(int type, int64_t n, const uint8_t *const *cols, const ui
     for (; k < n_cols; k++) axpys_some(type, n, cols + k, scales == NULL ? NULL : scales + k, 1, n_cols - k, a + k, y, offsets);
 }
 
+#define AXPYS_OF(TYPE)                                                                                             \
+    OUT_OF_LINE void axpys_##TYPE(int64_t n, const uint8_t *const *cols, const uint16_t *const *scales,            \
+                                  const float *a, int n_cols, float *y, float *offsets) {                          \
+        axpys_list(TYPE, n, cols, scales, a, n_cols, y, offsets);                                                  \
+    }
+BLOCK_AND_FLOAT_TYPES(AXPYS_OF)
+AXPYS_OF(K_I8_SCALED)
+
 static bool axpys(int type, int64_t n, const uint8_t *const *cols, const uint16_t *const *scales, const float *a,
                   int n_cols, float *y, float *offsets) {
+#define AXPYS_CASE(TYPE) case TYPE: axpys_##TYPE(n, cols, scales, a, n_cols, y, offsets); return true;
     switch (type) {
-    case K_F32: axpys_list(K_F32, n, cols, NULL, a, n_cols, y, offsets); return true;
-    case K_F16: axpys_list(K_F16, n, cols, NULL, a, n_cols, y, offsets); return true;
-    case K_BF16: axpys_list(K_BF16, n, cols, NULL, a, n_cols, y, offsets); return true;
-    case K_I8_SCALED: axpys_list(K_I8_SCALED, n, cols, scales, a, n_cols, y, offsets); return true;
-    case K_Q4_0: axpys_list(K_Q4_0, n, cols, NULL, a, n_cols, y, offsets); return true;
-    case K_Q8_0: axpys_list(K_Q8_0, n, cols, NULL, a, n_cols, y, offsets); return true;
-    case K_MXFP4: axpys_list(K_MXFP4, n, cols, NULL, a, n_cols, y, offsets); return true;
-    case K_Q4_K: axpys_list(K_Q4_K, n, cols, NULL, a, n_cols, y, offsets); return true;
-    case K_Q5_K: axpys_list(K_Q5_K, n, cols, NULL, a, n_cols, y, offsets); return true;
-    case K_Q6_K: axpys_list(K_Q6_K, n, cols, NULL, a, n_cols, y, offsets); return true;
+        BLOCK_AND_FLOAT_TYPES(AXPYS_CASE)
+        AXPYS_CASE(K_I8_SCALED)
     default: return false;
     }
 }
