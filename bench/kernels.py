@@ -3,7 +3,8 @@
 A buffer many times the size of the caches is cut into rows of ``--n`` weights; a pass goes over a new random sorted
 list of them, each thread over its part. Before and after each pass the same threads read a part of the same buffer from
 one end to the other, so that a machine whose bandwidth changes from minute to minute is compared with itself; the
-faster of the two counts. Reported are the medians over the passes; ``fraction`` is the median of the quotients.
+faster of the two counts. Each pass goes over all combinations, so that a slow minute is all of theirs. Reported are the
+medians over the passes; ``fraction`` is the median of the quotients.
 
 ``reads`` fetches the same rows as the kernels do, and computes nothing: what scattered rows allow. Whole matrices
 (``panels``, cpatch/panels.h) are read from one end to the other, 128 MiB in a pass.
@@ -17,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
@@ -60,90 +60,89 @@ class Buffer:
         return size / seconds
 
 
-def measure(
-    buffer: Buffer, rng: np.random.Generator, name: str, op: str, density: float, threads: int, n: int, passes: int
-) -> tuple[float, float, float, int]:
-    """Bytes per second of kernel and of memory, median quotient, and the mean number of rows in a pass."""
-    ffi, lib = native()
-    kind = gguf.GGMLQuantizationType[name]
-    stride = n if name == "I8" else quant_shape_to_byte_shape((n,), kind)[0] if name != "F32" else 4 * n
-    scales = np.full((buffer.memory.nbytes // stride // SCALE_ROWS + 1, n), 0.01, np.float16) if name == "I8" else None
-    x = np.zeros(4 * n + 4096, np.uint8)
-    job = ffi.new("struct pi_kernel_job *")
-    job.op, job.type, job.n, job.stride = OPS.index(op), kind, n, stride
-    job.buffer, job.input = buffer.pointer, ffi.from_buffer(x)
-    job.scales = ffi.from_buffer(scales) if scales is not None else ffi.NULL
-    rates, memory, quotients, counts = [], [], [], []
-    for _ in range(passes):
-        rows = np.flatnonzero(rng.random(buffer.memory.nbytes // stride) < density).astype(np.int32)
-        touched = rows.size * stride
-        if scales is not None:
-            touched += np.unique(rows // SCALE_ROWS).size * n * 2
-        before = buffer.read_rate(threads)
-        seconds = lib.pi_kernel_seconds(job, ffi.from_buffer("int32_t[]", rows), rows.size, threads)
-        if seconds < 0:
-            raise MemoryError("out of memory")
-        rates.append(touched / seconds)
-        memory.append(max(before, buffer.read_rate(threads)))
-        quotients.append(rates[-1] / memory[-1])
-        counts.append(rows.size)
-    return median(rates), median(memory), median(quotients), round(sum(counts) / passes)
+class Case:
+    """One combination to be measured, and what its passes found: bytes per second of kernel and of memory, and rows."""
+
+    def __init__(self, buffer: Buffer, level: str, name: str, op: str, threads: int, density: float, n: int) -> None:
+        ffi, _ = native()
+        self.buffer, self.level, self.name, self.op, self.n = buffer, level, name, op, n
+        self.threads, self.density = threads, density
+        self.kind = gguf.GGMLQuantizationType[name]
+        one = {"I8": n, "F32": 4 * n}
+        self.stride = one[name] if name in one else quant_shape_to_byte_shape((n,), self.kind)[0]
+        self.found: list[tuple[float, float, int]] = []
+        self.scales = self.input = self.job = None
+        if op == "panels":
+            return
+        if name == "I8":
+            self.scales = np.full((buffer.memory.nbytes // self.stride // SCALE_ROWS + 1, n), 0.01, np.float16)
+        self.input = np.zeros(4 * n + 4096, np.uint8)
+        self.job = ffi.new("struct pi_kernel_job *")
+        self.job.op, self.job.type, self.job.n, self.job.stride = OPS.index(op), self.kind, n, self.stride
+        self.job.buffer, self.job.input = buffer.pointer, ffi.from_buffer(self.input)
+        self.job.scales = ffi.from_buffer(self.scales) if self.scales is not None else ffi.NULL
+
+    def measure(self, rng: np.random.Generator) -> bool:
+        """One pass; whether there is such a kernel."""
+        ffi, lib = native()
+        lib.pi_kernel_force(self.level.encode())
+        if self.op == "panels":
+            rows = 128 * MIB // self.stride // 16 * 16
+            touched = rows * self.stride
+            at = len(self.found) % (self.buffer.memory.nbytes // (128 * MIB) - 1) * 128 * MIB
+            before = self.buffer.read_rate(self.threads)
+            seconds = lib.pi_panel_seconds(self.kind, self.n, rows, self.buffer.pointer + at, self.threads)
+            if seconds < 0:
+                return False
+        else:
+            there = self.buffer.memory.nbytes // self.stride
+            chosen = np.flatnonzero(rng.random(there) < self.density).astype(np.int32)
+            rows, touched = chosen.size, chosen.size * self.stride
+            if self.scales is not None:
+                touched += np.unique(chosen // SCALE_ROWS).size * self.n * 2
+            before = self.buffer.read_rate(self.threads)
+            seconds = lib.pi_kernel_seconds(self.job, ffi.from_buffer("int32_t[]", chosen), rows, self.threads)
+            if seconds < 0:
+                raise MemoryError("out of memory")
+        self.found.append((touched / seconds, max(before, self.buffer.read_rate(self.threads)), rows))
+        return True
+
+    def record(self) -> dict[str, Any]:
+        rates, memory, rows = zip(*self.found, strict=True)
+        return {
+            "type": self.name.lower(),
+            "isa": self.level,
+            "op": self.op,
+            "threads": self.threads,
+            "density": self.density,
+            "rows": round(sum(rows) / len(rows)),
+            "n": self.n,
+            "gbps": round(median(rates) / 1e9, 2),
+            "memory_gbps": round(median(memory) / 1e9, 2),
+            "fraction": round(median(rate / at for rate, at in zip(rates, memory, strict=True)), 3),
+        }
 
 
-def measure_panels(
-    buffer: Buffer, name: str, threads: int, n: int, passes: int
-) -> tuple[float, float, float, int] | None:
-    """The same for products with a matrix in panels; None for a type or instructions without."""
-    _, lib = native()
-    kind = gguf.GGMLQuantizationType[name]
-    row = n * 4 if name in ("F32", "I8") else quant_shape_to_byte_shape((n,), kind)[0]
-    rows = 128 * MIB // row // 16 * 16
-    if lib.pi_panel_seconds(kind, n, rows, buffer.pointer, threads) < 0:
-        return None
-    rates, memory, quotients = [], [], []
-    for i in range(passes):
-        at = i % (buffer.memory.nbytes // (128 * MIB) - 1) * 128 * MIB
-        before = buffer.read_rate(threads)
-        rates.append(rows * row / lib.pi_panel_seconds(kind, n, rows, buffer.pointer + at, threads))
-        memory.append(max(before, buffer.read_rate(threads)))
-        quotients.append(rates[-1] / memory[-1])
-    return median(rates), median(memory), median(quotients), rows
-
-
-def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """One record for each combination that this machine has."""
     ffi, lib = native()
     rng = np.random.default_rng(0)
     buffer = Buffer(options.mib * MIB, rng)
+    cases = [
+        Case(buffer, level, name, op, threads, density, options.n)
+        for level in options.isa
+        if lib.pi_kernel_force(level.encode()) == 0
+        for name in options.type
+        for op in (("axpys",) if name == "I8" else (*OPS, "panels"))
+        for threads in options.threads
+        for density in (options.density if op != "panels" else (1.0,))
+    ]
     try:
-        for level in options.isa:
-            if lib.pi_kernel_force(level.encode()) != 0:
-                continue
-            for name in options.type:
-                for op in ("axpys",) if name == "I8" else (*OPS, "panels"):
-                    for threads in options.threads:
-                        for density in options.density if op != "panels" else (1.0,):
-                            if op == "panels":
-                                found = measure_panels(buffer, name, threads, options.n, options.passes)
-                            else:
-                                found = measure(buffer, rng, name, op, density, threads, options.n, options.passes)
-                            if found is None:
-                                continue
-                            rate, memory, fraction, rows = found
-                            yield {
-                                "type": name.lower(),
-                                "isa": level,
-                                "op": op,
-                                "threads": threads,
-                                "density": density,
-                                "rows": rows,
-                                "n": options.n,
-                                "gbps": round(rate / 1e9, 2),
-                                "memory_gbps": round(memory / 1e9, 2),
-                                "fraction": round(fraction, 3),
-                            }
+        for _ in range(options.passes):
+            cases = [case for case in cases if case.measure(rng)]
     finally:
         lib.pi_kernel_force(ffi.NULL)
+    return [case.record() for case in cases]
 
 
 def main() -> None:
@@ -163,7 +162,7 @@ def main() -> None:
     if options.mib < 256:
         parser.error(f"--mib {options.mib}: at least 256, or the caches are measured")
     if options.json:
-        print(json.dumps(list(run(options)), indent=1))
+        print(json.dumps(run(options), indent=1))
         return
     print("type   isa         op     threads  density    GB/s  memory  fraction")
     for r in run(options):
