@@ -24,7 +24,7 @@ static double seconds(void) {
 
 /* Reads a word of each line of rows, eight rows at a time while the next ones are fetched: what scattered rows allow when
  * nothing is computed. Short rows are asked for three times, since the second cache level drops requests; kernels ask
- * once (kernels_template.h), because asking takes instructions, too. */
+ * twice (kernels_template.h), because asking takes instructions, too. */
 static uint64_t read_rows(const uint8_t *const *rows, int n, int64_t size) {
     enum { TOGETHER = 8, PART = 256, SHORT = 4608 };
     const int times = size <= SHORT ? 3 : 1;

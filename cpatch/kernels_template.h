@@ -516,6 +516,7 @@ INLINE void pair_factors(int type, const uint8_t *const cols[], size_t at, int C
 }
 
 #define ADDS_256(type) ((type) == K_Q4_0 || (type) == K_Q4_K || (type) == K_MXFP4)
+#define ODD_256(type, i) ((type) == K_Q4_0 && (i) % 2 != 0) /* the others' columns are read alike wherever they are */
 /* y[0..256) += a Q4_K block, or 8 of 32 values, at bytes into C columns, less what goes to offsets[0..8). odd: whether it is
  * one after an odd number of them. */
 INLINE void add_256(int type, const uint8_t *const cols[], size_t at, bool odd, int C, const float *a, float *y, float *offsets,
@@ -551,6 +552,7 @@ INLINE void add_256(int type, const uint8_t *const cols[], size_t at, bool odd, 
 /* Nibbles become floats where they lie in 32 bits: times 16^k, which the sums are, too, until they are finished. So y is not
  * in its order, but for each 64 values nibble k of 8 integers of 32 bits at 8 * k: finish() puts that right. */
 #define ADDS_256(type) ((type) == K_Q4_0 || (type) == K_Q4_K)
+#define ODD_256(type, i) false /* all are read alike */
 INLINE void add_256(int type, const uint8_t *const cols[], size_t at, bool odd, int C, const float *a, float *y, float *offsets,
                     const struct ahead *ahead) {
     (void)odd;
@@ -706,8 +708,7 @@ INLINE void axpys_some(int type, int64_t n, const uint8_t *const *cols, const ui
     if (ADDS_256(type) && offsets != NULL) {
         const size_t size = type == K_Q4_K ? Q4_K_SIZE : CHUNK * block_size(type);
         for (size_t i = 0; i < (size_t)n / 256; i++, done += 8) {
-            const bool odd = type == K_Q4_0 && i % 2 != 0;
-            if (odd) add_256(type, cols, i * size, true, C, a, y + i * 256, offsets + i * 8, &ahead);
+            if (ODD_256(type, i)) add_256(type, cols, i * size, true, C, a, y + i * 256, offsets + i * 8, &ahead);
             else add_256(type, cols, i * size, false, C, a, y + i * 256, offsets + i * 8, &ahead);
         }
         if (done == (size_t)n / 32) return;
